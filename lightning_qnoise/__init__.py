@@ -1,0 +1,40 @@
+"""Quant-Noise, product quantization and honest model sizes for PyTorch Lightning."""
+
+from typing import TYPE_CHECKING, Any
+
+from lightning_qnoise.convert import dequantize, quantize
+from lightning_qnoise.file import load, save
+from lightning_qnoise.schedules import ConstantRate, CosineRate, LinearRate, StepRate
+from lightning_qnoise.schemes import PQ, Int
+from lightning_qnoise.size import size_table
+
+if TYPE_CHECKING:
+    from lightning_qnoise.callbacks import ModelSize, Quantize, QuantNoise
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "PQ",
+    "ConstantRate",
+    "CosineRate",
+    "Int",
+    "LinearRate",
+    "ModelSize",
+    "QuantNoise",
+    "Quantize",
+    "StepRate",
+    "dequantize",
+    "load",
+    "quantize",
+    "save",
+    "size_table",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the callbacks, and with them Lightning, when first asked for."""
+    if name in ("ModelSize", "QuantNoise", "Quantize"):
+        from lightning_qnoise import callbacks
+
+        return getattr(callbacks, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,165 @@
+"""When noise is on: attached for the fit, masks drawn before every batch, codebooks refreshed every epoch."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from lightning_utilities.core.rank_zero import rank_zero_info
+from torch import Tensor
+
+from lightning_qnoise.callbacks.base import Callback, LightningModule, Trainer, check_fit, from_rank_zero
+from lightning_qnoise.callbacks.progress import is_bounded, progress
+from lightning_qnoise.noise import KINDS, Kind, WeightNoise, attach, detach
+from lightning_qnoise.policy import Policy, as_mapping, resolve
+from lightning_qnoise.schedules import ConstantRate, RateSchedule, check_rate
+from lightning_qnoise.weights import owners
+
+
+class QuantNoise(Callback):
+    """Train with quantization noise (Fan, Stock et al., "Training with Quantization Noise", ICLR 2021).
+
+    In every training forward each block of the selected weights reads as its quantized value with probability `rate`,
+    with a straight-through gradient. Rate 1 is quantization-aware training. Parameters, state dict, optimizer and
+    everything outside a training forward stay as they are without the callback. Logs `quant_noise/rate`.
+
+    Args:
+        policy: Which layers become what: a preset (`"int8"`, `"int4"`, `"pq"`, `"ipq"`), one scheme, a mapping from
+            globs to schemes, or the path of a JSON policy. None switches the callback off.
+        rate: Probability that a block is distorted: a number in [0, 1], a schedule, or any function of the
+            training's progress in [0, 1]. The paper uses 0.05 to 0.2 for PQ and 0.5 for int8 and int4.
+        kind: What a distorted block of PQ becomes: `"exact"` its codeword, `"zero"` zeros, `"mean"` the mean block.
+        refresh: When PQ codebooks are clustered anew: every `"epoch"`, or every so many batches. Blocks are assigned
+            to the nearest codeword of the moment in every batch.
+        seed: Seed of the masks. Ranks draw different masks; the global random state is not touched.
+        enabled: False makes the callback do nothing.
+
+    Raises:
+        ValueError: An argument is out of range; at the start of a fit also a policy that does not fit the model, a
+            sharded strategy, or a schedule in a fit without end.
+
+    Example:
+        >>> QuantNoise("ipq", rate=0.1).kind
+        'exact'
+    """
+
+    def __init__(
+        self,
+        policy: Policy | None,
+        rate: float | RateSchedule | Callable[[float], float] = 0.1,
+        kind: Literal["exact", "zero", "mean"] = "exact",
+        refresh: Literal["epoch"] | int = "epoch",
+        seed: int = 0,
+        enabled: bool = True,
+    ) -> None:
+        super().__init__()
+        if policy is not None:
+            as_mapping(policy)
+        if kind not in KINDS:
+            raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
+        if refresh != "epoch" and (not isinstance(refresh, int) or refresh < 1):
+            raise ValueError(f"refresh must be 'epoch' or a number of batches >= 1, got {refresh!r}")
+        self.policy = policy
+        self.rate: Callable[[float], float] = rate if callable(rate) else ConstantRate(rate)
+        self.kind: Kind = kind
+        self.refresh = refresh
+        self.seed = seed
+        self.enabled = enabled and policy is not None
+        self._batches = 0  # training batches seen in this and earlier runs; seeds the masks
+        self._noises: dict[str, WeightNoise] = {}
+        self._weights: dict[str, Tensor] = {}
+        self._restored: dict[str, dict[str, Tensor]] = {}
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse what cannot work."""
+        if stage != "fit" or not self.enabled:
+            return
+        check_fit(self, trainer, pl_module)
+        if not isinstance(self.rate, ConstantRate) and not is_bounded(trainer):
+            raise ValueError(f"{self.rate!r} needs the length of the training: set max_epochs or max_steps")
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Attach the noise, after `configure_model`."""
+        if not self.enabled:
+            return
+        assert self.policy is not None
+        schemes = resolve(pl_module, self.policy)
+        self._noises = attach(pl_module, schemes, self.kind)
+        self._weights = {name: parameter for name, _, _, parameter in owners(pl_module) if name in schemes}
+        elements = sum(weight.numel() for weight in self._weights.values())
+        total = sum(parameter.numel() for parameter in pl_module.parameters())
+        rank_zero_info(f"QuantNoise: {len(schemes)} weights with {elements:,} of {total:,} parameters are noised")
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the codebooks of a checkpoint."""
+        for name, state in self._restored.items():
+            noise, weight = self._noises.get(name), self._weights.get(name)
+            if noise is None or weight is None:
+                continue  # a checkpoint of another policy: its codebook is of no use here
+            noise.target = noise.scheme.empty(weight.shape, weight.dtype, weight.device)
+            noise.target.load_state_dict(state)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Cluster the codebooks anew."""
+        if self.refresh == "epoch":
+            self._refresh(trainer)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Draw the masks of this batch."""
+        if not self._noises:
+            return
+        if self.refresh != "epoch" and self._batches % int(self.refresh) == 0:
+            self._refresh(trainer)
+        rate = check_rate(self.rate(progress(trainer, batch_idx)))
+        generator = torch.Generator(next(iter(self._weights.values())).device)
+        generator.manual_seed(zlib.crc32(f"{self.seed}/{trainer.global_rank}/{self._batches}".encode()))
+        for name, noise in self._noises.items():
+            noise.draw(self._weights[name], rate, generator)
+        self._batches += 1
+        pl_module.log("quant_noise/rate", rate)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Leave no noise for forwards that are not of a training batch."""
+        for noise in self._noises.values():
+            noise.active = False
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Detach the noise."""
+        self._detach(pl_module)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Detach the noise; no other hook runs after an exception."""
+        self._detach(pl_module)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Detach the noise of a fit that had nothing to train."""
+        self._detach(pl_module)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed fit needs to go on bit-equally: batches seen, and the codebooks of the moment."""
+        targets = {name: noise.target for name, noise in self._noises.items() if noise.target is not None}
+        return {"batches": self._batches, "targets": {name: dict(t.state_dict()) for name, t in targets.items()}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take what `state_dict` returned."""
+        self._batches = state_dict["batches"]
+        self._restored = state_dict["targets"]
+
+    def _refresh(self, trainer: Trainer) -> None:
+        exact = {name: noise for name, noise in self._noises.items() if noise.kind == "exact"}
+        like = {name: (noise.scheme, self._weights[name]) for name, noise in exact.items()}
+        targets = from_rank_zero(
+            trainer,
+            lambda: {name: noise.encode(self._weights[name]) for name, noise in exact.items()},
+            like,
+        )
+        for name, noise in exact.items():
+            noise.target = targets[name]
+
+    def _detach(self, pl_module: LightningModule) -> None:
+        detach(pl_module)
+        self._noises, self._weights = {}, {}

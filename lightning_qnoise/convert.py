@@ -1,0 +1,117 @@
+"""Exchange Parameters for packed weights and back, in place on a model; no Trainer needed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_qnoise.layers import PackedLayer, pack_layer, packed_weights, unpack_layer
+from lightning_qnoise.noise import detach
+from lightning_qnoise.policy import Policy, resolve
+from lightning_qnoise.schemes import PackedWeight, Scheme
+from lightning_qnoise.weights import owners
+
+
+def quantize(model: nn.Module, policy: Policy) -> nn.Module:
+    """Compress the weights that a policy selects, in place, and return the model.
+
+    Tied weights are encoded once and stay tied. Nothing is changed if anything raises.
+
+    Args:
+        model: Any module; already packed layers are left as they are.
+        policy: See `lightning_qnoise.policy.resolve`.
+
+    Raises:
+        ValueError: The policy does not fit the model, or a selected weight holds NaN or Inf.
+
+    Example:
+        >>> model = quantize(nn.Sequential(nn.Linear(64, 64)), "int4")
+        >>> model[0].weight.shape, type(model[0]).__name__
+        (torch.Size([64, 64]), 'PackedLinear')
+    """
+    return pack(model, encode(model, resolve(model, policy)))
+
+
+def encode(model: nn.Module, schemes: Mapping[str, Scheme]) -> dict[str, PackedWeight]:
+    """Encode the named weights of a model and return them; the model is not changed.
+
+    Raises:
+        ValueError: A weight holds NaN or Inf, or its scheme cannot take it.
+    """
+    parameters = {name: parameter for name, _, _, parameter in owners(model)}
+    for name in schemes:
+        check_finite(name, parameters[name])
+    packed = {}
+    for name, scheme in schemes.items():
+        try:
+            packed[name] = scheme.encode(parameters[name].detach())
+        except ValueError as error:
+            raise ValueError(f"layer {name!r}: {error}") from error
+    return packed
+
+
+def pack(model: nn.Module, packed: Mapping[str, PackedWeight]) -> nn.Module:
+    """Exchange the named Parameters, under all of their names, for packed weights, in place; return the model."""
+    detach(model)
+    entries = list(owners(model))
+    parameters = {name: parameter for name, _, _, parameter in entries}
+    of_parameter = {id(parameters[name]): weight for name, weight in packed.items()}
+    done = set()
+    for _, module, attribute, parameter in entries:
+        if id(parameter) in of_parameter and (module, attribute) not in done:
+            done.add((module, attribute))
+            pack_layer(module, attribute, of_parameter[id(parameter)])
+    return model
+
+
+def dequantize(model: nn.Module) -> nn.Module:
+    """Exchange every packed weight for a Parameter with its decoded value, in place, and return the model.
+
+    Example:
+        >>> model = quantize(nn.Sequential(nn.Linear(64, 64)), "int4")
+        >>> type(dequantize(model)[0]).__name__
+        'Linear'
+    """
+    parameters: dict[PackedWeight, nn.Parameter] = {}
+    for module in list(model.modules()):
+        if isinstance(module, PackedLayer):
+            for name in [n for n, _ in packed_weights(module) if "." not in n]:
+                packed = module.packed(name)
+                parameters.setdefault(packed, nn.Parameter(packed.decode()))
+                unpack_layer(module, name, parameters[packed])
+    return model
+
+
+def dense_state_dict(model: nn.Module) -> dict[str, Any]:
+    """Return the state dict that the model had before packing, with decoded weights (tied ones share memory)."""
+    decoded: dict[PackedWeight, Tensor] = {}
+    weights = dict(packed_weights(model))
+    state: dict[str, Any] = {}
+    for key, value in model.state_dict().items():
+        name = key.rpartition(".")[0]
+        if name in weights:
+            state[name] = decoded.setdefault(weights[name], weights[name].decode().detach())
+        else:
+            state[key] = value
+    order = {name: place for place, name in enumerate(_slots(model))}
+    return dict(sorted(state.items(), key=lambda item: order.get(item[0], len(order))))
+
+
+def _slots(model: nn.Module) -> Iterator[str]:
+    """Names of parameters and buffers in state-dict order, packed weights in the place of their Parameters."""
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        for attribute in (*module._parameters, *module._buffers):
+            yield f"{prefix}.{attribute}" if prefix else attribute
+
+
+def check_finite(name: str, weight: Tensor) -> None:
+    """Raise a ValueError that names the weight if it holds NaN or Inf."""
+    bad = int((~torch.isfinite(weight.detach())).sum())
+    if bad:
+        raise ValueError(
+            f"layer {name!r}: {bad} of {weight.numel()} values are NaN or Inf, so it cannot be quantized; the training "
+            f"has diverged, lower the learning rate or start from an earlier checkpoint"
+        )

@@ -1,0 +1,123 @@
+"""Packed layers: the user's own module whose weight is a `PackedWeight`, with a forward of our own where that pays.
+
+Any module can hold a packed weight: its attribute becomes a property that decodes. `@packs(nn.Linear)` adds a forward
+that hands the packed weight the whole product instead, so that a scheme with a kernel never decodes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+from lightning_qnoise.layers.swap import blank, plain_state, readers
+from lightning_qnoise.schemes import PackedWeight
+
+_FORWARDS: dict[Callable, type[PackedLayer]] = {}
+_CLASSES: dict[tuple[type[nn.Module], tuple[str, ...]], type[nn.Module]] = {}
+_Layer = TypeVar("_Layer", bound="type[PackedLayer]")
+
+
+class PackedLayer(nn.Module):
+    """Mixin of every module with packed weights; state-dict keys are `<layer>.weight.codes` and so on.
+
+    `load_state_dict` also takes a float `<layer>.weight`: it is encoded, so that a checkpoint from before packing
+    (`trainer.test(ckpt_path="best")`) loads into the packed model.
+    """
+
+    def packed(self, name: str) -> PackedWeight:
+        """Return the packed weight behind the attribute `name`."""
+        module = self._modules[name]
+        assert isinstance(module, PackedWeight)
+        return module
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name in packed_names(self):
+            weight = state_dict.get(prefix + name)
+            if isinstance(weight, Tensor) and weight.shape == self.packed(name).shape:
+                encoded = self.packed(name).scheme.encode(weight)
+                del state_dict[prefix + name]
+                state_dict.update(encoded.state_dict(prefix=f"{prefix}{name}."))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple:
+        return _rebuild, (_base(self), packed_names(self)), plain_state(self)
+
+
+def packs(layer: type[nn.Module]) -> Callable[[_Layer], _Layer]:
+    """Register the packed counterpart of a layer class: used for it and for subclasses that keep its forward.
+
+    Example:
+        >>> @packs(nn.Bilinear)
+        ... class PackedBilinear(PackedLayer):
+        ...     def forward(self, a, b):
+        ...         return nn.functional.bilinear(a, b, self.packed("weight").decode(), self.bias)
+    """
+
+    def register(packed: _Layer) -> _Layer:
+        _FORWARDS[layer.forward] = packed
+        return packed
+
+    return register
+
+
+def packed_names(module: nn.Module) -> tuple[str, ...]:
+    """Return the attributes of a module (not of its children) that hold packed weights."""
+    return tuple(
+        name
+        for name, child in module._modules.items()
+        if isinstance(child, PackedWeight) and name in module._parameters
+    )
+
+
+def packed_weights(model: nn.Module) -> Iterator[tuple[str, PackedWeight]]:
+    """Yield every packed weight of a model under each full name that it has (a tied one has several)."""
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        for name in packed_names(module):
+            packed = module._modules[name]
+            assert isinstance(packed, PackedWeight)
+            yield f"{prefix}.{name}" if prefix else name, packed
+
+
+def pack_layer(module: nn.Module, name: str, packed: PackedWeight) -> None:
+    """Exchange the Parameter `module.name` for a packed weight, in place."""
+    base = _base(module) if isinstance(module, PackedLayer) else type(module)
+    module._parameters[name] = None  # keeps the Parameter's place in the order
+    module._modules[name] = packed
+    module.__class__ = _packed_class(base, packed_names(module))
+
+
+def unpack_layer(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    """Exchange the packed weight `module.name` for a Parameter, in place."""
+    base = _base(module)
+    del module._modules[name]
+    module._parameters[name] = parameter
+    names = packed_names(module)
+    module.__class__ = _packed_class(base, names) if names else base
+    if isinstance(module, nn.RNNBase) and not names:
+        module._flat_weights = [getattr(module, n) for n in module._flat_weights_names]
+
+
+def _base(layer: nn.Module) -> type[nn.Module]:
+    """The user's class of a packed layer."""
+    return type(layer).__bases__[1]
+
+
+def _decoded(module: nn.Module, name: str) -> Tensor:
+    packed = module._modules[name]
+    assert isinstance(packed, PackedWeight)
+    return packed.decode()
+
+
+def _packed_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
+    key = (base, names)
+    if key not in _CLASSES:
+        mixin = _FORWARDS.get(base.forward, PackedLayer)
+        namespace = {"__module__": base.__module__, **readers(base, names, _decoded)}
+        _CLASSES[key] = type(f"Packed{base.__name__}", (mixin, base), namespace)
+    return _CLASSES[key]
+
+
+def _rebuild(base: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
+    return blank(_packed_class(base, names))

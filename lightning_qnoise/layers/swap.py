@@ -1,0 +1,67 @@
+"""Give one module a subclass of its own class in which some attributes read differently; nothing else changes.
+
+Noise and packed layers both enter a model this way: the object, its hooks, its Parameters and every reference to it
+stay what they were, and whoever reads `module.weight` (the module itself, `F.multi_head_attention_forward`, a tied
+output projection) gets the value that the property gives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+Read = Callable[[nn.Module, str], Any]
+
+
+def stored(module: nn.Module, name: str) -> Any:
+    """Return what `module.name` was before any property: a Parameter, an instance attribute or a class property."""
+    parameter = module._parameters.get(name)
+    if parameter is not None:
+        return parameter
+    if name in module.__dict__:
+        return module.__dict__[name]
+    for cls in type(module).__mro__[1:]:
+        if isinstance(cls.__dict__.get(name), property):
+            return cls.__dict__[name].fget(module)
+    raise AttributeError(f"{type(module).__name__!r} object has no attribute {name!r}")
+
+
+def readers(base: type[nn.Module], names: Iterable[str], read: Read) -> dict[str, property]:
+    """Return the properties that make each of `names` read through `read(module, name)`.
+
+    A recurrent layer reads its weights from a list that torch keeps beside them; that list becomes a property too.
+    """
+    properties = {name: _property(name, partial(_swapped, read, name)) for name in names}
+    if issubclass(base, nn.RNNBase):
+        properties["_flat_weights"] = _property("_flat_weights", _flat_weights)
+    return properties
+
+
+def _property(name: str, get: Callable[[nn.Module], Any]) -> property:
+    def write(module: nn.Module, value: Any) -> None:
+        module.__dict__[name] = value
+
+    return property(get, write)
+
+
+def _swapped(read: Read, name: str, module: nn.Module) -> Any:
+    return read(module, name)
+
+
+def _flat_weights(module: nn.Module) -> list[Tensor | None]:
+    return [getattr(module, name, None) for name in module._flat_weights_names]  # type: ignore[union-attr]
+
+
+def plain_state(module: nn.Module, *private: str) -> dict[str, Any]:
+    """Return what pickle and deepcopy should take of a swapped module: its state without our private attributes."""
+    getstate = getattr(module, "__getstate__", None)  # object has one from Python 3.11 on
+    state = getstate() if getstate is not None else module.__dict__
+    return {key: value for key, value in state.items() if key not in private}
+
+
+def blank(cls: type[nn.Module]) -> nn.Module:
+    """Return an object of `cls` without running its constructor, for pickle and deepcopy to fill."""
+    return cls.__new__(cls)

@@ -1,0 +1,165 @@
+"""Which weight gets which scheme: globs to schemes, resolved against a model into plain data."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from lightning_qnoise.presets import PRESETS
+from lightning_qnoise.schemes import Scheme
+from lightning_qnoise.weights import Weight, list_weights
+
+Rule = str | Scheme | None
+Policy = str | Scheme | Mapping[str, str | Scheme | None]
+"""A preset's name, one scheme for every layer that can take it, or a mapping glob -> scheme, preset or None."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What a policy says of one weight: a scheme, or the reason why it stays float."""
+
+    weight: Weight
+    rule: Rule
+    scheme: Scheme | None = None
+    reason: str = ""
+
+
+def resolve(model: nn.Module | Sequence[Weight], policy: Policy) -> dict[str, Scheme]:
+    """Return the scheme of every weight that a policy selects: full parameter name -> scheme that fits its shape.
+
+    A glob (`fnmatch`: `*` also crosses dots) matches the full name of a module or of a parameter, never a prefix;
+    `type:Conv2d` matches the layers of a class. The first entry that matches a weight under any of its names decides.
+
+    Args:
+        model: The model, or its weights as `list_weights` gives them.
+        policy: See `Policy`. A preset and a single scheme skip the weights that they cannot take or would not
+            shrink; in a mapping such a weight is an error.
+
+    Raises:
+        ValueError: A glob matches nothing, a scheme cannot take a layer, or nothing at all is selected.
+        TypeError: The policy is none of these.
+
+    Example:
+        >>> from lightning_qnoise import Int
+        >>> resolve(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2)), {"1": None, "*": Int(bits=4)})
+        {'0.weight': Int(bits=4, granularity='channel', symmetric=False)}
+    """
+    return {d.weight.name: d.scheme for d in decide(model, policy) if d.scheme is not None}
+
+
+def decide(model: nn.Module | Sequence[Weight], policy: Policy) -> list[Decision]:
+    """Return the decision on every weight, with reasons. Arguments and errors are those of `resolve`."""
+    weights = list_weights(model) if isinstance(model, nn.Module) else list(model)
+    strict = isinstance(policy, Mapping)
+    entries = list(as_mapping(policy).items())
+    _check_globs(entries, weights)
+    decisions = []
+    for weight in weights:
+        rules = [rule for glob, rule in entries if _matches(glob, weight) and _applies(glob, rule, weight)]
+        decisions.append(
+            _decide(weight, rules[0], strict) if rules else Decision(weight, None, reason="not in the policy")
+        )
+    if not any(d.scheme for d in decisions):
+        reasons = "; ".join(f"{d.weight.name}: {d.reason}" for d in decisions if d.weight.is_layer_weight)
+        raise ValueError(f"policy {policy!r} selects no weight of the model ({reasons or 'it has no layer weights'})")
+    _warn_reduced(decisions)
+    return decisions
+
+
+def as_mapping(policy: Policy) -> Mapping[str, Rule]:
+    """Return a policy as a mapping; the name of a `.json` file is read.
+
+    Raises:
+        ValueError: An unknown preset.
+        TypeError: Neither a name, a scheme nor a mapping of such.
+    """
+    if isinstance(policy, str) and policy.endswith(".json"):
+        return from_json(Path(policy).read_text())
+    mapping = policy if isinstance(policy, Mapping) else {"*": policy}
+    for glob, rule in mapping.items():
+        if isinstance(rule, str) and rule not in PRESETS:
+            raise ValueError(f"unknown preset {rule!r}; choose from {', '.join(PRESETS)}, or name a .json file")
+        if not isinstance(glob, str) or not (rule is None or isinstance(rule, str | Scheme)):
+            raise TypeError(f"a policy maps globs to schemes, presets or None, got {glob!r}: {rule!r}")
+    return mapping
+
+
+def to_json(policy: Mapping[str, Rule]) -> str:
+    """Return a policy as JSON, which `from_json` reads."""
+    return json.dumps({g: r.to_dict() if isinstance(r, Scheme) else r for g, r in policy.items()})
+
+
+def from_json(text: str) -> dict[str, Rule]:
+    """Return the policy that `to_json` wrote.
+
+    Raises:
+        ValueError: Not a JSON object of schemes, presets and nulls.
+    """
+    data: Any = json.loads(text)
+    if not isinstance(data, dict):
+        raise ValueError(f"a policy is a JSON object glob -> scheme, got {type(data).__name__}")
+    return {glob: Scheme.from_dict(rule) if isinstance(rule, dict) else rule for glob, rule in data.items()}
+
+
+def _matches(glob: str, weight: Weight) -> bool:
+    if glob.startswith("type:"):
+        return any(fnmatchcase(kind, glob[5:]) for kind in weight.kinds)
+    return any(fnmatchcase(name, glob) for name in weight.names + weight.layers)
+
+
+def _applies(glob: str, rule: Rule, weight: Weight) -> bool:
+    """Norms, biases and Parameters that are no layer's weight are taken only when named in full."""
+    return rule is None or weight.is_layer_weight or glob in weight.names or bool(weight.obstacle and not weight.shape)
+
+
+def _decide(weight: Weight, rule: Rule, strict: bool) -> Decision:
+    if rule is None:
+        return Decision(weight, rule, reason="kept float by the policy")
+    try:
+        if weight.obstacle:
+            raise ValueError(weight.obstacle)
+        scheme = PRESETS[rule](weight) if isinstance(rule, str) else rule.adapt(weight.shape)
+        predicted = sum(b.nbytes for b in scheme.empty(weight.shape, weight.dtype, "meta").buffers())
+    except ValueError as error:
+        if strict and not isinstance(rule, str):
+            raise ValueError(f"layer {weight.name!r}: {error}; or keep it float with None in the policy") from error
+        return Decision(weight, rule, reason=str(error))
+    if predicted >= weight.nbytes and not (strict and isinstance(rule, Scheme)):
+        return Decision(weight, rule, reason=f"would not shrink ({weight.nbytes} to {predicted} bytes)")
+    return Decision(weight, rule, scheme)
+
+
+def _check_globs(entries: list[tuple[str, Rule]], weights: list[Weight]) -> None:
+    for glob, rule in entries:
+        matched = [w for w in weights if _matches(glob, w)]
+        if not matched:
+            raise ValueError(f"{glob!r} in the policy matches no layer or parameter{_suggestion(glob, weights)}")
+        if rule is not None and not any(_applies(glob, rule, w) for w in matched):
+            names = ", ".join(w.name for w in matched[:5])
+            raise ValueError(f"{glob!r} in the policy matches no layer weight, only {names}; name one in full")
+
+
+def _suggestion(glob: str, weights: list[Weight]) -> str:
+    if glob.startswith("type:"):
+        kinds = sorted(set().union(*(w.kinds for w in weights)) - {"Module", "object"})
+        return f"; layer classes are {', '.join(kinds)}"
+    if any(name.startswith(f"{glob}.") for w in weights for name in w.names):
+        return f"; a glob is no prefix, did you mean {glob + '.*'!r}?"
+    names = sorted({layer for w in weights for layer in w.layers + w.names if layer})
+    close = difflib.get_close_matches(glob, names, n=3, cutoff=0.4) or names[:5]
+    return f"; close names are {', '.join(map(repr, close))}"
+
+
+def _warn_reduced(decisions: list[Decision]) -> None:
+    reduced = [d for d in decisions if d.scheme and isinstance(d.rule, Scheme) and d.scheme != d.rule]
+    if reduced:
+        rows = "; ".join(f"{d.weight.name}: {d.scheme}" for d in reduced)
+        warnings.warn(f"fewer blocks than codewords, n_centroids is reduced for {rows}", stacklevel=4)

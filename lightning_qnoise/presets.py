@@ -1,0 +1,36 @@
+"""Presets: the papers' settings, adapted to one weight."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from lightning_qnoise.schemes import PQ, Int, Scheme, matrix_shape
+from lightning_qnoise.weights import Weight
+
+_BLOCKS_PER_CENTROID = 4  # below this the codebook costs more than it gains (Stock et al., threshold on K)
+
+
+def _product(weight: Weight) -> Scheme:
+    """PQ with the block sizes of Fan et al.: 8, attention 4, 3x3 kernels 9, 1x1 convolutions 4; K = 256."""
+    rows, cols = matrix_shape(weight.shape)
+    wanted = 8
+    if len(weight.shape) > 2:
+        wanted = 9 if math.prod(weight.shape[2:]) > 1 else 4
+    elif "MultiheadAttention" in weight.kinds or any("attn" in n or "attention" in n for n in weight.names):
+        wanted = 4
+    block_size = max(size for size in range(1, wanted + 1) if cols % size == 0)
+    n_blocks = rows * cols // block_size
+    if n_blocks < 2 * _BLOCKS_PER_CENTROID:
+        raise ValueError(f"has only {n_blocks} blocks")
+    largest = 2 ** ((n_blocks // _BLOCKS_PER_CENTROID).bit_length() - 1)
+    return PQ(block_size=block_size, n_centroids=min(256, largest))
+
+
+PRESETS: dict[str, Callable[[Weight], Scheme]] = {
+    "int8": lambda weight: Int(bits=8),
+    "int4": lambda weight: Int(bits=4),
+    "pq": _product,
+    "ipq": _product,
+}
+"""Name -> the scheme for one weight; raises ValueError with the reason where there is none."""

@@ -1,0 +1,100 @@
+"""The weights of a model as plain data: names, layer classes, shape, and what stands in the way of compressing one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_NORMS = {"_NormBase", "LayerNorm", "GroupNorm", "RMSNorm"}
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One tensor of parameters.
+
+    Attributes:
+        names: Every full parameter name of it; a tied one has several. The first is its name in files and tables.
+        kinds: Class names of the layers that own it, base classes included.
+        shape: Its shape (empty where it is not initialized yet).
+        dtype: Its dtype.
+        obstacle: Why it cannot be compressed, if so.
+    """
+
+    names: tuple[str, ...]
+    kinds: frozenset[str]
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    obstacle: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The first of its names."""
+        return self.names[0]
+
+    @cached_property
+    def layers(self) -> tuple[str, ...]:
+        """Full names of the modules that own it."""
+        return tuple(name.rpartition(".")[0] for name in self.names)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the float tensor."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def is_layer_weight(self) -> bool:
+        """Whether it is the weight matrix of a layer, not a norm, a bias or a Parameter of the user's own."""
+        attributes = [name.rpartition(".")[2] for name in self.names]
+        return len(self.shape) >= 2 and not self.kinds & _NORMS and any("weight" in a for a in attributes)
+
+
+def owners(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
+    """Yield `(full name, module, attribute, parameter)` for every name of every Parameter, in the model's order."""
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        for attribute, parameter in module._parameters.items():
+            if parameter is not None:
+                yield f"{prefix}.{attribute}" if prefix else attribute, module, attribute, parameter
+
+
+def list_weights(model: nn.Module) -> list[Weight]:
+    """Return the weights of a model in the order of its parameters, each once."""
+    found: dict[int, list[tuple[str, nn.Module, str, nn.Parameter]]] = {}
+    for entry in owners(model):
+        found.setdefault(id(entry[3]), []).append(entry)
+    return [_weight(entries) for entries in found.values()]
+
+
+def _weight(entries: list[tuple[str, nn.Module, str, nn.Parameter]]) -> Weight:
+    parameter = entries[0][3]
+    lazy = is_lazy(parameter)
+    return Weight(
+        names=tuple(name for name, *_ in entries),
+        kinds=frozenset(cls.__name__ for _, module, *_ in entries for cls in type(module).__mro__),
+        shape=() if lazy else tuple(parameter.shape),
+        dtype=parameter.dtype,
+        obstacle="is not initialized yet: run one batch through the model first"
+        if lazy
+        else next(filter(None, (_obstacle(module, parameter) for _, module, _, parameter in entries)), None),
+    )
+
+
+def _obstacle(module: nn.Module, parameter: Tensor) -> str | None:
+    if parameter.dtype not in _FLOATS:
+        return f"has dtype {parameter.dtype}, not a float of 16 bits or more"
+    if hasattr(parameter, "device_mesh"):
+        return "is sharded (DTensor), which is not supported"
+    if type(module).__name__ == "ParametrizationList":
+        return "is parametrized: call torch.nn.utils.parametrize.remove_parametrizations first"
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None:
+        return "is rewritten in every forward by max_norm: set max_norm=None"
+    for hook in module._forward_pre_hooks.values():
+        if type(hook).__module__.startswith("torch.nn.utils"):
+            return f"is recomputed in every forward by {type(hook).__name__}: make that permanent first"
+    return None
