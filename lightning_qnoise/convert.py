@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_qnoise.layers import PackedLayer, pack_layer, packed_weights, unpack_layer
+from lightning_qnoise.layers import PackedLayer, pack_layer, packed_names, packed_weights, unpack_layer
 from lightning_qnoise.noise import detach
 from lightning_qnoise.policy import Policy, resolve
 from lightning_qnoise.schemes import PackedWeight, Scheme
@@ -75,35 +75,38 @@ def dequantize(model: nn.Module) -> nn.Module:
         >>> type(dequantize(model)[0]).__name__
         'Linear'
     """
-    parameters: dict[PackedWeight, nn.Parameter] = {}
+    parameters = {packed: nn.Parameter(packed.decode()) for packed in _distinct(model)}
     for module in list(model.modules()):
         if isinstance(module, PackedLayer):
-            for name in [n for n, _ in packed_weights(module) if "." not in n]:
-                packed = module.packed(name)
-                parameters.setdefault(packed, nn.Parameter(packed.decode()))
-                unpack_layer(module, name, parameters[packed])
+            for name in packed_names(module):
+                unpack_layer(module, name, parameters[module.packed(name)])
     return model
 
 
 def dense_state_dict(model: nn.Module) -> dict[str, Any]:
     """Return the state dict that the model had before packing, with decoded weights (tied ones share memory)."""
-    decoded: dict[PackedWeight, Tensor] = {}
+    decoded = {packed: packed.decode().detach() for packed in _distinct(model)}
     weights = dict(packed_weights(model))
     state: dict[str, Any] = {}
     for key, value in model.state_dict().items():
         name = key.rpartition(".")[0]
         if name in weights:
-            state[name] = decoded.setdefault(weights[name], weights[name].decode().detach())
+            state[name] = decoded[weights[name]]
         else:
             state[key] = value
     order = {name: place for place, name in enumerate(_slots(model))}
     return dict(sorted(state.items(), key=lambda item: order.get(item[0], len(order))))
 
 
+def _distinct(model: nn.Module) -> set[PackedWeight]:
+    """The packed weights of a model, tied ones once."""
+    return {packed for _, packed in packed_weights(model)}
+
+
 def _slots(model: nn.Module) -> Iterator[str]:
     """Names of parameters and buffers in state-dict order, packed weights in the place of their Parameters."""
     for prefix, module in model.named_modules(remove_duplicate=False):
-        for attribute in (*module._parameters, *module._buffers):
+        for attribute in (*module._parameters, *module._buffers, "_extra_state"):
             yield f"{prefix}.{attribute}" if prefix else attribute
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from lightning_qnoise.convert import pack
 from lightning_qnoise.layers import packed_weights
 from lightning_qnoise.schemes import PackedWeight, Scheme
 from lightning_qnoise.size import stored_tensors
-from lightning_qnoise.weights import owners
+from lightning_qnoise.weights import FLOATS, owners
 
 FORMAT, VERSION = "lightning_qnoise", 1
 
@@ -45,6 +46,22 @@ class Contents:
     tensors: Mapping[str, Tensor]
     packed: Mapping[str, PackedSpec]
     tied: Mapping[str, str]
+
+    def rebuild(self, name: str) -> PackedWeight:
+        """Return the packed weight of that name.
+
+        Raises:
+            ValueError: Its tensors do not fit its scheme and shape.
+        """
+        spec = self.packed[name]
+        packed = spec.scheme.empty(spec.shape, spec.dtype)
+        state = {key: self.tensors.get(f"{name}.{key}") for key in packed.state_dict()}
+        for key, expected in packed.state_dict().items():
+            found = state[key]
+            if found is None or found.shape != expected.shape or found.dtype != expected.dtype:
+                raise ValueError(f"the file is damaged: tensor {name}.{key} does not fit {spec}")
+        packed.load_state_dict(state)
+        return packed
 
 
 def save(model: nn.Module, path: str | os.PathLike[str]) -> int:
@@ -78,13 +95,17 @@ def write(path: str | os.PathLike[str], contents: Contents) -> int:
         name: {**spec.scheme.to_dict(), "shape": spec.shape, "dtype": str(spec.dtype).removeprefix("torch.")}
         for name, spec in contents.packed.items()
     }
+    tensors = {  # copies, no two of which share memory
+        name: torch.empty_like(tensor, device="cpu", memory_format=torch.contiguous_format).copy_(tensor.detach())
+        for name, tensor in contents.tensors.items()
+    }
     metadata = {
         "format": FORMAT,
         "version": str(VERSION),
         "policy": json.dumps(policy),
         "tied": json.dumps(dict(contents.tied)),
+        "crc32": _crc32(tensors),
     }
-    tensors = {name: _own_memory(tensor) for name, tensor in contents.tensors.items()}
     target = Path(path)
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
@@ -92,6 +113,8 @@ def write(path: str | os.PathLike[str], contents: Contents) -> int:
         with open(partial, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(partial, target)
+    except SafetensorError as error:
+        raise OSError(f"cannot write {os.fspath(path)!r}: {error}") from error
     finally:
         partial.unlink(missing_ok=True)
     return sum(tensor.nbytes for tensor in tensors.values())
@@ -102,17 +125,19 @@ def read(path: str | os.PathLike[str]) -> Contents:
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: It is truncated, no safetensors file, not of this package, or of a newer version.
+        ValueError: It is truncated, no safetensors file, not of this package, of a newer version, or damaged.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no file {os.fspath(path)!r}")
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = _check_metadata(path, file.metadata() or {})
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            metadata = file.metadata() or {}
+            _check_format(metadata)
+            return _contents(metadata, {name: file.get_tensor(name) for name in file.keys()})
     except SafetensorError as error:
-        raise ValueError(f"{os.fspath(path)!r} is truncated or no safetensors file: {error}") from error
-    return Contents(tensors, metadata["packed"], metadata["tied"])
+        raise ValueError(f"{os.fspath(path)!r}: truncated or no safetensors file ({error})") from error
+    except ValueError as error:
+        raise ValueError(f"{os.fspath(path)!r}: {error}") from error
 
 
 def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
@@ -128,23 +153,21 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     contents = read(path)
     if next(packed_weights(model), None) is not None:
         raise ValueError("the model is already packed: load into a freshly built one, or call dequantize(model) first")
-    packed = {name: _rebuild(contents, name) for name in contents.packed}
+    packed = {name: contents.rebuild(name) for name in contents.packed}
     problems = _differences(model, contents, packed)
     if problems:
         shown = "\n  ".join(problems[:10]) + ("\n  ..." if len(problems) > 10 else "")
         raise ValueError(f"{os.fspath(path)!r} does not fit the model:\n  {shown}")
-    parameters = {name: parameter for name, _, _, parameter in owners(model)}
-    for name, weight in packed.items():
-        on_meta = parameters[name].device.type == "meta"
-        weight.to(device=None if on_meta else parameters[name].device, dtype=parameters[name].dtype)
+    for name, _, _, parameter in owners(model):
+        if name in packed:
+            packed[name].to(device=None if parameter.is_meta else parameter.device, dtype=parameter.dtype)
     pack(model, packed)
     rest = {name: tensor for name, tensor in contents.tensors.items() if _weight_name(name, packed) == name}
-    rest |= {name: rest[first] for name, first in contents.tied.items() if first in rest}
-    with torch.no_grad():
-        _fill(model, rest)
+    _fill(model, rest | {name: rest[first] for name, first in contents.tied.items() if first in rest})
     return model
 
 
+@torch.no_grad()
 def _fill(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Copy into what exists; what lies on `meta` is exchanged for the tensor itself, tied Parameters for one."""
     made: dict[int, nn.Parameter] = {}
@@ -153,7 +176,7 @@ def _fill(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         layer, _, attribute = name.rpartition(".")
         module = modules[layer]
         current = getattr(module, attribute)
-        if current.device.type != "meta":
+        if not current.is_meta:
             current.copy_(tensor)
         elif attribute in module._parameters:
             new = nn.Parameter(tensor.to(current.dtype), current.requires_grad)
@@ -162,36 +185,38 @@ def _fill(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
             module._buffers[attribute] = tensor.to(current.dtype)
 
 
-def _own_memory(tensor: Tensor) -> Tensor:
-    tensor = tensor.detach().cpu().contiguous()
-    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+def _crc32(tensors: Mapping[str, Tensor]) -> str:
+    """Checksum of all names and bytes."""
+    crc = 0
+    for name in sorted(tensors):
+        data = tensors[name].flatten().view(torch.uint8).numpy().tobytes()
+        crc = zlib.crc32(data, zlib.crc32(name.encode(), crc))
+    return f"{crc:08x}"
 
 
-def _check_metadata(path: str | os.PathLike[str], metadata: Mapping[str, str]) -> dict[str, Any]:
+def _check_format(metadata: Mapping[str, str]) -> None:
     if metadata.get("format") != FORMAT:
-        raise ValueError(f"{os.fspath(path)!r} is a safetensors file, but not one that lightning_qnoise wrote")
-    version = int(metadata["version"])
-    if version > VERSION:
-        raise ValueError(
-            f"{os.fspath(path)!r} has format version {version}, this lightning_qnoise reads up to {VERSION}; upgrade it"
-        )
-    packed = {}
-    for name, data in json.loads(metadata["policy"]).items():
-        shape, dtype = tuple(data.pop("shape")), getattr(torch, data.pop("dtype"))
-        packed[name] = PackedSpec(Scheme.from_dict(data), shape, dtype)
-    return {"packed": packed, "tied": json.loads(metadata["tied"])}
+        raise ValueError("a safetensors file, but not one that lightning_qnoise wrote")
+    version = metadata.get("version", "unknown")
+    if not version.isdecimal() or int(version) > VERSION:
+        raise ValueError(f"format version {version}, this lightning_qnoise reads up to {VERSION}; upgrade it")
 
 
-def _rebuild(contents: Contents, name: str) -> PackedWeight:
-    spec = contents.packed[name]
-    packed = spec.scheme.empty(spec.shape, spec.dtype)
-    state = {key: contents.tensors.get(f"{name}.{key}") for key in packed.state_dict()}
-    for key, expected in packed.state_dict().items():
-        found = state[key]
-        if found is None or found.shape != expected.shape or found.dtype != expected.dtype:
-            raise ValueError(f"the file is damaged: tensor {name}.{key} does not fit {spec}")
-    packed.load_state_dict(state)
-    return packed
+def _contents(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Contents:
+    try:
+        packed = {name: _spec(data) for name, data in json.loads(metadata["policy"]).items()}
+        tied, crc32 = dict(json.loads(metadata["tied"])), metadata["crc32"]
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        raise ValueError(f"damaged, its metadata cannot be read ({error!r})") from error
+    if crc32 != _crc32(tensors):
+        raise ValueError("damaged, its tensors are not the ones that were written")
+    return Contents(tensors, packed, tied)
+
+
+def _spec(data: dict[str, Any]) -> PackedSpec:
+    shape, dtype = tuple(data.pop("shape")), data.pop("dtype")
+    dtypes = {str(known).removeprefix("torch."): known for known in FLOATS}
+    return PackedSpec(Scheme.from_dict(data), shape, dtypes[dtype])
 
 
 def _differences(model: nn.Module, contents: Contents, packed: Mapping[str, PackedWeight]) -> list[str]:
@@ -207,6 +232,8 @@ def _differences(model: nn.Module, contents: Contents, packed: Mapping[str, Pack
         for name in expected.keys() & stored.keys()
         if expected[name] != stored[name]
     ]
+    lost = [name for name, buffer in model.named_buffers() if buffer.is_meta and name not in tensors | tied]
+    problems += [f"{name!r} is a buffer on meta that no file holds; build the model on a real device" for name in lost]
     problems += [f"{a!r} is tied to {b!r} in the file only" for a, b in contents.tied.items() - tied.items()]
     problems += [f"{a!r} is tied to {b!r} in the model only" for a, b in tied.items() - contents.tied.items()]
     return sorted(problems)

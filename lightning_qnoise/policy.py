@@ -60,7 +60,8 @@ def decide(model: nn.Module | Sequence[Weight], policy: Policy) -> list[Decision
     weights = list_weights(model) if isinstance(model, nn.Module) else list(model)
     strict = isinstance(policy, Mapping)
     entries = list(as_mapping(policy).items())
-    _check_globs(entries, weights)
+    if strict:
+        _check_globs(entries, weights)
     decisions = []
     for weight in weights:
         rules = [rule for glob, rule in entries if _matches(glob, weight) and _applies(glob, rule, weight)]
@@ -69,7 +70,9 @@ def decide(model: nn.Module | Sequence[Weight], policy: Policy) -> list[Decision
         )
     if not any(d.scheme for d in decisions):
         reasons = "; ".join(f"{d.weight.name}: {d.reason}" for d in decisions if d.weight.is_layer_weight)
-        raise ValueError(f"policy {policy!r} selects no weight of the model ({reasons or 'it has no layer weights'})")
+        raise ValueError(
+            f"policy {policy!r} selects no weight of the model ({reasons or 'it has no float layer weights'})"
+        )
     _warn_reduced(decisions)
     return decisions
 
@@ -78,11 +81,16 @@ def as_mapping(policy: Policy) -> Mapping[str, Rule]:
     """Return a policy as a mapping; the name of a `.json` file is read.
 
     Raises:
-        ValueError: An unknown preset.
+        ValueError: An unknown preset, or a file without a policy.
         TypeError: Neither a name, a scheme nor a mapping of such.
     """
     if isinstance(policy, str) and policy.endswith(".json"):
-        return from_json(Path(policy).read_text())
+        try:
+            policy = from_json(Path(policy).read_text())
+        except ValueError as error:
+            raise ValueError(f"{policy!r} holds no policy: {error}") from error
+    if not isinstance(policy, str | Scheme | Mapping):
+        raise TypeError(f"a policy is a preset's name, a scheme or a mapping glob -> scheme, got {policy!r}")
     mapping = policy if isinstance(policy, Mapping) else {"*": policy}
     for glob, rule in mapping.items():
         if isinstance(rule, str) and rule not in PRESETS:

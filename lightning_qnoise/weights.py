@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _NORMS = {"_NormBase", "LayerNorm", "GroupNorm", "RMSNorm"}
 
 
@@ -40,8 +41,8 @@ class Weight:
 
     @cached_property
     def layers(self) -> tuple[str, ...]:
-        """Full names of the modules that own it."""
-        return tuple(name.rpartition(".")[0] for name in self.names)
+        """Full names of the modules that own it; for a parametrized weight, of those that read it."""
+        return tuple(_read_as(name).rpartition(".")[0] for name in self.names)
 
     @property
     def nbytes(self) -> int:
@@ -51,8 +52,12 @@ class Weight:
     @property
     def is_layer_weight(self) -> bool:
         """Whether it is the weight matrix of a layer, not a norm, a bias or a Parameter of the user's own."""
-        attributes = [name.rpartition(".")[2] for name in self.names]
+        attributes = [_read_as(name).rpartition(".")[2] for name in self.names]
         return len(self.shape) >= 2 and not self.kinds & _NORMS and any("weight" in a for a in attributes)
+
+
+def _read_as(name: str) -> str:
+    return re.sub(r"(^|\.)parametrizations\.(\w+)\.original\d*$", r"\1\2", name)
 
 
 def owners(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
@@ -86,12 +91,16 @@ def _weight(entries: list[tuple[str, nn.Module, str, nn.Parameter]]) -> Weight:
 
 
 def _obstacle(module: nn.Module, parameter: Tensor) -> str | None:
-    if parameter.dtype not in _FLOATS:
+    if parameter.dtype not in FLOATS:
         return f"has dtype {parameter.dtype}, not a float of 16 bits or more"
+    if not parameter.numel():
+        return "holds no elements"
     if hasattr(parameter, "device_mesh"):
         return "is sharded (DTensor), which is not supported"
     if type(module).__name__ == "ParametrizationList":
         return "is parametrized: call torch.nn.utils.parametrize.remove_parametrizations first"
+    if isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict):
+        return "belongs to a container, which would take its packed form for one more layer"
     if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None:
         return "is rewritten in every forward by max_norm: set max_norm=None"
     for hook in module._forward_pre_hooks.values():

@@ -63,6 +63,14 @@ CELLS = [Cell(FLOAT, FLOAT)] + [
 N_FITS = sum(cell.method != POST for cell in CELLS)
 
 
+def quiet() -> None:
+    """Silence what Lightning says of every fit, under whichever of its names it says it."""
+    for name in ("pytorch_lightning", "lightning.pytorch", "lightning.fabric", "lightning_fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    warnings.filterwarnings("ignore", ".*LeafSpec.*is deprecated.*")
+
+
 class Ticks(pl.Callback):
     """Call a function after every training batch with the fraction of the fit that the batch was."""
 
@@ -83,8 +91,7 @@ def run(
         folder: Existing folder for the packed files, `Cell.file`.
         tick: Called with the fraction of a fit that has just been done, `N_FITS` in sum.
     """
-    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    quiet()
     float_model: pl.LightningModule | None = None
     for cell in CELLS:
         start = time.perf_counter()

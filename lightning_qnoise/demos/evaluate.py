@@ -6,16 +6,14 @@ The demo starts it as a process of its own, so that nothing but the files can ca
 from __future__ import annotations
 
 import json
-import logging
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 import pytorch_lightning as pl
 
 from lightning_qnoise import load
-from lightning_qnoise.demos.compare import TASKS
+from lightning_qnoise.demos.compare import TASKS, quiet
 
 
 def evaluate(task_name: str, folder: Path) -> dict[str, float]:
@@ -50,6 +48,5 @@ def evaluate_elsewhere(task_name: str, folder: Path) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    quiet()
     print(json.dumps(evaluate(sys.argv[1], Path(sys.argv[2]))))

@@ -62,9 +62,11 @@ def picture(results: Sequence[Result], path: Path) -> None:
     for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
         for r in (r for r in results if r.task == task):
             axes.plot(r.bytes / 1e6, r.value, _MARKERS[r.method], color=_COLORS[r.scheme], markersize=9, alpha=0.8)
+        sizes = sorted({round(r.bytes / 1e6, 3) for r in results if r.task == task})
         axes.set(xlabel="packed file (MB)", ylabel=TASKS[task].title, xscale="log", title=task)
+        axes.set_xticks(sizes, [f"{size:.2g}" for size in sizes])
+        axes.set_xticks([], minor=True)
         if TASKS[task].title == "perplexity":
-            axes.set(yscale="log")
             axes.invert_yaxis()
         axes.grid(alpha=0.3)
     colors = [Line2D([], [], color=color, marker="o", ls="", label=name) for name, color in _COLORS.items()]

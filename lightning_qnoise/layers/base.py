@@ -34,11 +34,14 @@ class PackedLayer(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         for name in packed_names(self):
-            weight = state_dict.get(prefix + name)
-            if isinstance(weight, Tensor) and weight.shape == self.packed(name).shape:
-                encoded = self.packed(name).scheme.encode(weight)
-                del state_dict[prefix + name]
-                state_dict.update(encoded.state_dict(prefix=f"{prefix}{name}."))
+            if prefix + name in state_dict:
+                weight, packed = state_dict.pop(prefix + name), self.packed(name)
+                if weight.shape == packed.shape:
+                    packed = packed.scheme.encode(weight)
+                else:
+                    shapes = f"{list(weight.shape)} in the checkpoint, {list(packed.shape)} in the packed model"
+                    args[-1].append(f"size mismatch for {prefix + name}: {shapes}")
+                state_dict.update(packed.state_dict(prefix=f"{prefix}{name}."))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
@@ -47,6 +50,8 @@ class PackedLayer(nn.Module):
 
 def packs(layer: type[nn.Module]) -> Callable[[_Layer], _Layer]:
     """Register the packed counterpart of a layer class: used for it and for subclasses that keep its forward.
+
+    It stands in where the parameter `weight` is packed.
 
     Example:
         >>> @packs(nn.Bilinear)
@@ -83,8 +88,12 @@ def packed_weights(model: nn.Module) -> Iterator[tuple[str, PackedWeight]]:
 def pack_layer(module: nn.Module, name: str, packed: PackedWeight) -> None:
     """Exchange the Parameter `module.name` for a packed weight, in place."""
     base = _base(module) if isinstance(module, PackedLayer) else type(module)
+    children = {**module._modules, name: packed}
     module._parameters[name] = None  # keeps the Parameter's place in the order
-    module._modules[name] = packed
+    module._modules.clear()
+    module._modules.update({key: children.pop(key) for key in module._parameters if key in children})
+    module._modules.update(children)  # after the packed weights, as they come after the Parameters
+    module.__dict__.pop("_flat_weights", None)  # a recurrent layer's own references to its Parameters
     module.__class__ = _packed_class(base, packed_names(module))
 
 
@@ -113,7 +122,7 @@ def _decoded(module: nn.Module, name: str) -> Tensor:
 def _packed_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
     key = (base, names)
     if key not in _CLASSES:
-        mixin = _FORWARDS.get(base.forward, PackedLayer)
+        mixin = _FORWARDS.get(base.forward, PackedLayer) if "weight" in names else PackedLayer
         namespace = {"__module__": base.__module__, **readers(base, names, _decoded)}
         _CLASSES[key] = type(f"Packed{base.__name__}", (mixin, base), namespace)
     return _CLASSES[key]

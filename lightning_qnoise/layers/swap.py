@@ -16,6 +16,17 @@ from torch import Tensor, nn
 Read = Callable[[nn.Module, str], Any]
 
 
+def retype(module: nn.Module, cls: type[nn.Module]) -> None:
+    """Change the class of a module, in place.
+
+    Lightning's DDP leaves the module's bound `forward` on the instance, where it would shadow that of the new class.
+    """
+    own = module.__dict__.get("forward")
+    if getattr(own, "__func__", None) is type(module).forward:
+        del module.__dict__["forward"]
+    module.__class__ = cls
+
+
 def stored(module: nn.Module, name: str) -> Any:
     """Return what `module.name` was before any property: a Parameter, an instance attribute or a class property."""
     parameter = module._parameters.get(name)
@@ -36,7 +47,7 @@ def readers(base: type[nn.Module], names: Iterable[str], read: Read) -> dict[str
     """
     properties = {name: _property(name, partial(_swapped, read, name)) for name in names}
     if issubclass(base, nn.RNNBase):
-        properties["_flat_weights"] = _property("_flat_weights", _flat_weights)
+        properties["_flat_weights"] = property(_flat_weights, lambda module, value: None)
     return properties
 
 
@@ -44,7 +55,10 @@ def _property(name: str, get: Callable[[nn.Module], Any]) -> property:
     def write(module: nn.Module, value: Any) -> None:
         module.__dict__[name] = value
 
-    return property(get, write)
+    def delete(module: nn.Module) -> None:
+        del module.__dict__[name]
+
+    return property(get, write, delete)
 
 
 def _swapped(read: Read, name: str, module: nn.Module) -> Any:

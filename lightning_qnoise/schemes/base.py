@@ -11,8 +11,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-_INTEGER_OF_WIDTH = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
 
 def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
     """The rows and columns that schemes see: the first dimension, and all others flattened in row-major order.
@@ -77,7 +75,8 @@ class PackedWeight(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedWeight:
         def keep_dtype(buffer: Tensor) -> Tensor:
-            return fn(buffer.view(_INTEGER_OF_WIDTH[buffer.element_size()])).view(buffer.dtype)
+            moved = fn(buffer)
+            return moved if moved.dtype == buffer.dtype else buffer.to(moved.device)
 
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
         return super()._apply(keep_dtype, recurse)

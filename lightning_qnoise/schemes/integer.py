@@ -89,12 +89,14 @@ class Int(Scheme):
         """Return the packed weight's shapes and dtypes without data."""
         rows, groups, size = self._grid(shape)
         codes = torch.empty(packed_length(rows * groups * size, self.bits), dtype=torch.uint8, device=device)
-        scale = torch.empty(rows, groups, device=device)
+        scale = torch.empty(rows, groups, dtype=torch.float32, device=device)
         zero_point = None if self.symmetric else torch.empty(rows, groups, dtype=torch.uint8, device=device)
         return IntWeight(self, shape, dtype, codes, scale, zero_point)
 
     def encode(self, weight: Tensor, start: PackedWeight | None = None) -> IntWeight:
         """Round to the nearest level of the weight's own range."""
+        if not torch.isfinite(self.fake_quantize(weight)).all():
+            raise ValueError(f"weights from {weight.min():.3g} to {weight.max():.3g} overflow {weight.dtype} as {self}")
         codes, scale, zero_point = self._quantize(weight)
         stored = None if self.symmetric else zero_point.to(torch.uint8)
         return IntWeight(self, weight.shape, weight.dtype, pack_bits(codes.int(), self.bits), scale, stored)

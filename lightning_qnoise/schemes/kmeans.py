@@ -29,7 +29,7 @@ def kmeans(points: Tensor, k: int, *, n_iter: int = 20, seed: int = 0, init: Ten
     """Cluster points so that the squared distance to the nearest centroid is small (Lloyd's algorithm).
 
     Every iteration lowers the objective or leaves it: a cluster that loses all its points is seeded again with the
-    point that lies farthest from its centroid. Work is done in fp32 whatever the dtype of the points.
+    point that lies farthest from all centroids. Work is done in fp32 whatever the dtype of the points.
 
     Args:
         points: Float `[n, d]`, finite.
@@ -42,7 +42,8 @@ def kmeans(points: Tensor, k: int, *, n_iter: int = 20, seed: int = 0, init: Ten
         float32 `[min(k, distinct points), d]`. With at most `k` distinct points these are the points themselves.
 
     Raises:
-        ValueError: `points` is not `[n, d]` with `n > 0`, holds NaN or Inf, `k < 1`, or `init` has another width.
+        ValueError: `points` is not `[n, d]` with `n > 0`, holds NaN, Inf or values whose squares overflow, `k < 1`, or
+            `init` has another width.
 
     Example:
         >>> kmeans(torch.tensor([[0.0], [0.1], [5.0]]), k=2).sort(dim=0).values
@@ -77,15 +78,16 @@ def _check(points: Tensor, k: int, init: Tensor | None) -> None:
         raise ValueError(f"k-means expects k >= 1, got {k}")
     if init is not None and (init.ndim != 2 or init.shape[1] != points.shape[1]):
         raise ValueError(f"k-means expects init of shape [k, {points.shape[1]}], got {list(init.shape)}")
-    if not torch.isfinite(points).all():
-        raise ValueError("k-means expects finite points, got NaN or Inf")
+    if not torch.isfinite(points.float().square().sum(dim=1)).all():
+        raise ValueError("k-means expects finite points, got NaN, Inf or values too large to square in fp32")
 
 
 def _distinct(points: Tensor, k: int) -> Tensor | None:
-    """The distinct points where there are at most `k` of them: a random projection counts them in one sort."""
+    """The distinct points where there are at most `k` of them: a hash of their bits counts them in one sort."""
     generator = torch.Generator().manual_seed(0)
-    direction = torch.randn(points.shape[1], generator=generator, dtype=torch.float64).to(points.device)
-    if len(torch.unique(points.double() @ direction)) > k:
+    factors = torch.randint(-(2**63), 2**63 - 1, points.shape[1:], generator=generator).to(points.device)
+    bits = (points + 0.0).view(torch.int32)  # -0.0 becomes 0.0
+    if len(torch.unique((bits * factors).sum(dim=1))) > k:
         return None
     distinct = torch.unique(points, dim=0)
     return distinct if len(distinct) <= k else None
@@ -94,23 +96,24 @@ def _distinct(points: Tensor, k: int) -> Tensor | None:
 def _assign(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     """Nearest centroid int64 `[n]` and the squared distance to it `[n]`."""
     codes = torch.empty(len(points), dtype=torch.int64, device=points.device)
-    distance = torch.empty(len(points), device=points.device)
+    distance = torch.empty(len(points), dtype=torch.float32, device=points.device)
     norms = centroids.square().sum(dim=1)
     step = max(1, _CHUNK_ELEMENTS // len(centroids))
-    for start in range(0, len(points), step):
-        chunk = points[start : start + step]
-        least, index = torch.addmm(norms, chunk, centroids.T, alpha=-2).min(dim=1)
-        codes[start : start + step] = index
-        distance[start : start + step] = least + chunk.square().sum(dim=1)
+    with torch.autocast(points.device.type, enabled=False):
+        for start in range(0, len(points), step):
+            chunk = points[start : start + step]
+            least, index = torch.addmm(norms, chunk, centroids.T, alpha=-2).min(dim=1)
+            codes[start : start + step] = index
+            distance[start : start + step] = least + chunk.square().sum(dim=1)
     return codes, distance
 
 
 def _update(points: Tensor, codes: Tensor, distance: Tensor, k: int) -> Tensor:
-    """Mean of every cluster; an empty one moves to a point far from its centroid."""
+    """Mean of every cluster; an empty one moves to the point that is farthest from all centroids."""
     counts = torch.bincount(codes, minlength=k)
-    sums = torch.zeros(k, points.shape[1], device=points.device).index_add_(0, codes, points)
+    sums = points.new_zeros(k, points.shape[1]).index_add_(0, codes, points)
     centroids = sums / counts.clamp(min=1)[:, None]
-    empty = (counts == 0).nonzero().flatten()
-    if len(empty):
-        centroids[empty] = points[distance.topk(len(empty)).indices]
+    for cluster in (counts == 0).nonzero().flatten().tolist():
+        centroids[cluster] = points[distance.argmax()]
+        distance = torch.minimum(distance, (points - centroids[cluster]).square().sum(dim=1))
     return centroids

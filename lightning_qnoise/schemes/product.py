@@ -109,7 +109,7 @@ class PQ(Scheme):
         zero = ~blocks.any(dim=1)
         if not zero.any():
             return kmeans(blocks, self.n_centroids, n_iter=self.n_iter, seed=self.seed, init=init)
-        origin = torch.zeros(1, self.block_size, device=blocks.device)
+        origin = blocks.new_zeros(1, self.block_size)
         if zero.all():
             return origin
         rest = None if init is None else init[1:]
