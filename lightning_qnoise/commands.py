@@ -12,10 +12,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from lightning_qnoise.contents import FORMAT, Contents, PackedSpec, read, write
 from lightning_qnoise.convert import check_finite
-from lightning_qnoise.file import FORMAT, Contents, PackedSpec, read, write
 from lightning_qnoise.policy import Policy, resolve
-from lightning_qnoise.size import Entry, SizeTable, packed_entry
+from lightning_qnoise.size import packed_entry
+from lightning_qnoise.size_table import Entry, SizeTable
 from lightning_qnoise.weights import Weight
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +14,10 @@ from lightning_qnoise.policy import Policy, resolve
 from lightning_qnoise.schemes import PackedWeight, Scheme
 from lightning_qnoise.weights import owners
 
+_Model = TypeVar("_Model", bound=nn.Module)
 
-def quantize(model: nn.Module, policy: Policy) -> nn.Module:
+
+def quantize(model: _Model, policy: Policy) -> _Model:
     """Compress the weights that a policy selects, in place, and return the model.
 
     Tied weights are encoded once and stay tied. Nothing is changed if anything raises.
@@ -53,7 +55,7 @@ def encode(model: nn.Module, schemes: Mapping[str, Scheme]) -> dict[str, PackedW
     return packed
 
 
-def pack(model: nn.Module, packed: Mapping[str, PackedWeight]) -> nn.Module:
+def pack(model: _Model, packed: Mapping[str, PackedWeight]) -> _Model:
     """Exchange the named Parameters, under all of their names, for packed weights, in place; return the model."""
     detach(model)
     entries = list(owners(model))
@@ -67,7 +69,7 @@ def pack(model: nn.Module, packed: Mapping[str, PackedWeight]) -> nn.Module:
     return model
 
 
-def dequantize(model: nn.Module) -> nn.Module:
+def dequantize(model: _Model) -> _Model:
     """Exchange every packed weight for a Parameter with its decoded value, in place, and return the model.
 
     Example:

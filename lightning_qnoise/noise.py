@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_qnoise.layers.swap import blank, plain_state, readers, stored
+from lightning_qnoise.layers.swap import blank, plain_state, readers, retype, stored
 from lightning_qnoise.schemes import PackedWeight, Scheme, matrix_shape
 from lightning_qnoise.weights import owners
 
@@ -39,9 +39,10 @@ def quant_noise(weight: Tensor, target: Tensor, mask: Tensor) -> Tensor:
         >>> quant_noise(weight, torch.zeros(()), torch.tensor([[True, False]]))
         tensor([[0., 0., 1., 1.]], grad_fn=<AddBackward0>)
     """
-    blocks = weight.detach().reshape(*mask.shape, -1)
-    offset = torch.where(mask[..., None], target - blocks, 0)
-    return weight + offset.view(weight.shape)
+    value = weight.detach()
+    blocks = value.reshape(*mask.shape, -1)
+    noisy = torch.where(mask[..., None], target, blocks).view(weight.shape)
+    return weight - value + noisy  # the difference is exactly zero; it carries the gradient
 
 
 class WeightNoise:
@@ -54,7 +55,9 @@ class WeightNoise:
             by the mean block of the weight. Schemes that distort single elements (`Int`) are always exact.
 
     Attributes:
-        target: The encoding that exact noise reads; made at the first draw, and given anew to refresh the codebook.
+        has_codebook: Whether the noise reads an encoding that outlives the batch: that of exact PQ, whereas `Int`
+            quantizes the weight of the moment.
+        target: That encoding; made at the first draw, and given anew to refresh the codebook.
         window: How many forwards that may read the noise are running.
     """
 
@@ -65,7 +68,9 @@ class WeightNoise:
         self.unit = scheme.noise_blocks(weight.shape)[1]
         self.kind: Kind = kind if self.unit > 1 else "exact"
         self.mask = torch.zeros(rows, cols // self.unit, dtype=torch.bool, device=weight.device)
-        self.target: PackedWeight | None = None
+        empty = scheme.empty(weight.shape, weight.dtype, "meta")
+        self.has_codebook = self.kind == "exact" and type(empty).project is PackedWeight.project
+        self.target: PackedWeight | None = None if self.has_codebook else empty
         self.active = False
         self.window = 0
 
@@ -79,7 +84,7 @@ class WeightNoise:
         if not self.active:
             return
         self.mask.bernoulli_(rate, generator=generator)
-        if self.kind == "exact":
+        if self.has_codebook:
             self.target = self.target or self.encode(weight)
             self.target.follow(weight, self.mask)
 
@@ -141,12 +146,19 @@ def attach(model: nn.Module, schemes: Mapping[str, Scheme], kind: Kind = "exact"
         noise = of_parameter.get(id(parameter))
         if noise is not None:
             read.setdefault(module, {})[attribute] = noise
-            holder = modules[name.rpartition(".")[0].rpartition(".")[0]]
-            for opener in {module, holder}:
+            for opener in {module, _holder(modules, name.rpartition(".")[0])}:
                 opens.setdefault(opener, {})[id(noise)] = noise
     for module, found in opens.items():
         _swap(module, read.get(module, {}), found.values())
     return noises
+
+
+def _holder(modules: Mapping[str, nn.Module], layer: str) -> nn.Module:
+    """The nearest module above a layer that has a forward: containers such as ModuleDict are passed over."""
+    holder = layer.rpartition(".")[0]
+    while holder and type(modules[holder]).forward is nn.Module.forward:
+        holder = holder.rpartition(".")[0]
+    return modules[holder]
 
 
 def detach(model: nn.Module) -> None:
@@ -154,19 +166,24 @@ def detach(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, NoisyLayer):
             del module.__dict__[_NOISES], module.__dict__[_OPENS]
-            module.__class__ = type(module).__bases__[1]
+            retype(module, type(module).__bases__[1])
 
 
 def _swap(module: nn.Module, noises: dict[str, WeightNoise], opens: Iterable[WeightNoise]) -> None:
     base = type(module)
     namespace = {"__module__": base.__module__, "__doc__": base.__doc__, **readers(base, noises, _read)}
     module.__dict__[_NOISES], module.__dict__[_OPENS] = noises, tuple(opens)
-    module.__class__ = type(f"Noisy{base.__name__}", (NoisyLayer, base), namespace)
+    retype(module, type(f"Noisy{base.__name__}", (NoisyLayer, base), namespace))
 
 
 def _read(module: nn.Module, name: str) -> Any:
     weight = stored(module, name)
     noise = module.__dict__[_NOISES][name]
-    if not (noise.active and noise.window and module.training):
-        return weight
-    return noise.apply(weight)
+    if noise.active and module.training and (noise.window or _is_recomputing()):
+        return noise.apply(weight)
+    return weight
+
+
+def _is_recomputing() -> bool:
+    """Whether a backward pass is running: it reads weights only to repeat a forward (activation checkpointing)."""
+    return torch._C._current_graph_task_id() != -1

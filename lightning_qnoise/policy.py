@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from lightning_qnoise.globs import Rule, applies, check_globs, matches
 from lightning_qnoise.presets import PRESETS
 from lightning_qnoise.schemes import Scheme
 from lightning_qnoise.weights import Weight, list_weights
 
-Rule = str | Scheme | None
 Policy = str | Scheme | Mapping[str, str | Scheme | None]
 """A preset's name, one scheme for every layer that can take it, or a mapping glob -> scheme, preset or None."""
 
@@ -61,10 +59,10 @@ def decide(model: nn.Module | Sequence[Weight], policy: Policy) -> list[Decision
     strict = isinstance(policy, Mapping)
     entries = list(as_mapping(policy).items())
     if strict:
-        _check_globs(entries, weights)
+        check_globs(entries, weights)
     decisions = []
     for weight in weights:
-        rules = [rule for glob, rule in entries if _matches(glob, weight) and _applies(glob, rule, weight)]
+        rules = [rule for glob, rule in entries if matches(glob, weight) and applies(glob, rule, weight)]
         decisions.append(
             _decide(weight, rules[0], strict) if rules else Decision(weight, None, reason="not in the policy")
         )
@@ -117,17 +115,6 @@ def from_json(text: str) -> dict[str, Rule]:
     return {glob: Scheme.from_dict(rule) if isinstance(rule, dict) else rule for glob, rule in data.items()}
 
 
-def _matches(glob: str, weight: Weight) -> bool:
-    if glob.startswith("type:"):
-        return any(fnmatchcase(kind, glob[5:]) for kind in weight.kinds)
-    return any(fnmatchcase(name, glob) for name in weight.names + weight.layers)
-
-
-def _applies(glob: str, rule: Rule, weight: Weight) -> bool:
-    """Norms, biases and Parameters that are no layer's weight are taken only when named in full."""
-    return rule is None or weight.is_layer_weight or glob in weight.names or bool(weight.obstacle and not weight.shape)
-
-
 def _decide(weight: Weight, rule: Rule, strict: bool) -> Decision:
     if rule is None:
         return Decision(weight, rule, reason="kept float by the policy")
@@ -143,27 +130,6 @@ def _decide(weight: Weight, rule: Rule, strict: bool) -> Decision:
     if predicted >= weight.nbytes and not (strict and isinstance(rule, Scheme)):
         return Decision(weight, rule, reason=f"would not shrink ({weight.nbytes} to {predicted} bytes)")
     return Decision(weight, rule, scheme)
-
-
-def _check_globs(entries: list[tuple[str, Rule]], weights: list[Weight]) -> None:
-    for glob, rule in entries:
-        matched = [w for w in weights if _matches(glob, w)]
-        if not matched:
-            raise ValueError(f"{glob!r} in the policy matches no layer or parameter{_suggestion(glob, weights)}")
-        if rule is not None and not any(_applies(glob, rule, w) for w in matched):
-            names = ", ".join(w.name for w in matched[:5])
-            raise ValueError(f"{glob!r} in the policy matches no layer weight, only {names}; name one in full")
-
-
-def _suggestion(glob: str, weights: list[Weight]) -> str:
-    if glob.startswith("type:"):
-        kinds = sorted(set().union(*(w.kinds for w in weights)) - {"Module", "object"})
-        return f"; layer classes are {', '.join(kinds)}"
-    if any(name.startswith(f"{glob}.") for w in weights for name in w.names):
-        return f"; a glob is no prefix, did you mean {glob + '.*'!r}?"
-    names = sorted({layer for w in weights for layer in w.layers + w.names if layer})
-    close = difflib.get_close_matches(glob, names, n=3, cutoff=0.4) or names[:5]
-    return f"; close names are {', '.join(map(repr, close))}"
 
 
 def _warn_reduced(decisions: list[Decision]) -> None:

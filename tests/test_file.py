@@ -8,7 +8,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lightning_qnoise import PQ, Int, dequantize, file, load, quantize, save, size_table
+from lightning_qnoise import PQ, Int, contents, dequantize, load, quantize, save, size_table
 from lightning_qnoise.layers import packed_weights
 
 
@@ -77,7 +77,7 @@ def rewrite(path, change=lambda tensors, metadata: None, checksum=True):
         metadata = dict(opened.metadata())
     change(tensors, metadata)
     if checksum and "crc32" in metadata:
-        metadata["crc32"] = file._crc32(tensors)
+        metadata["crc32"] = contents._crc32(tensors)
     save_file(tensors, path, metadata)
 
 
@@ -288,7 +288,7 @@ def test_buffers_on_meta_that_no_file_holds_are_refused(tmp_path):
     assert all(p.is_meta for p in model.parameters()) and not list(packed_weights(model))
 
 
-@pytest.mark.parametrize("target", ["os.replace", "lightning_qnoise.file.save_file", "os.fsync"])
+@pytest.mark.parametrize("target", ["os.replace", "lightning_qnoise.contents.save_file", "os.fsync"])
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
 def test_an_interrupted_save_leaves_the_old_file(target, error, tmp_path, monkeypatch):
     path = tmp_path / "m"

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from lightning_qnoise import PQ, Int, quantize, size_table
-from lightning_qnoise.size import nbytes, packed_entry, size_metrics, stored_tensors
+from lightning_qnoise.size import nbytes, packed_entry, stored_tensors
 
 MIB = 2**20
 
@@ -131,7 +131,7 @@ def test_size_does_not_change_the_model():
 
 def test_table_adds_up_and_reads_well():
     table = size_table(Small(), {"embed": PQ(8, 10), "conv": Int(3)})
-    layers = {entry.layer: entry for entry in table.layers()}
+    layers = table.layers()
     assert list(layers) == ["", "conv", "norm", "embed", "head"]
     assert sum(e.bytes for e in layers.values()) == table.bytes
     assert layers["conv"].float_bytes == 4 * (16 * 27 + 16) and layers["conv"].scheme == Int(3)
@@ -141,7 +141,7 @@ def test_table_adds_up_and_reads_well():
     assert lines[4].split() == ["embed", "PQ(block_size=8,", "n_centroids=10)", "6,400", "260", "24.6x"]
     assert lines[-1].split()[:2] == ["total", f"{table.bytes / 1e6:.3f}"] and len(lines) == 7
     assert len({len(line) for line in lines}) == 1
-    assert size_metrics(table) == {"size/total_mb": table.total_mb, "size/compression": table.compression}
+    assert table.metrics == {"size/total_mb": table.total_mb, "size/compression": table.compression}
 
 
 @pytest.mark.parametrize(

@@ -15,16 +15,27 @@ from lightning_qnoise.schemes import PackedWeight, Scheme
 
 if TYPE_CHECKING:
     from pytorch_lightning import Callback, LightningModule
+    from pytorch_lightning.loggers.logger import DummyLogger
 else:
     _ROOTS = [root for root in ("pytorch_lightning", "lightning.pytorch") if module_available(root)]
     if not _ROOTS:
         raise ImportError("lightning_qnoise's callbacks need Lightning: pip install pytorch-lightning")
     Callback = type("Callback", tuple(import_module(root).Callback for root in _ROOTS), {})
+    DummyLogger = import_module(f"{_ROOTS[0]}.loggers.logger").DummyLogger
     LightningModule = Any
 
 Trainer = Any  # of either root; its attributes are set by connectors, which type checkers do not see
 
-__all__ = ["Callback", "LightningModule", "Trainer", "check_fit", "class_names", "from_rank_zero", "log_after_fit"]
+__all__ = [
+    "Callback",
+    "DummyLogger",
+    "LightningModule",
+    "Trainer",
+    "check_fit",
+    "class_names",
+    "from_rank_zero",
+    "log_after_fit",
+]
 
 _SHARDED = {"FSDPStrategy", "XLAFSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy"}
 
@@ -52,15 +63,27 @@ def check_fit(callback: Callback, trainer: Trainer, model: nn.Module) -> None:
 def from_rank_zero(
     trainer: Trainer, encode: Callable[[], dict[str, PackedWeight]], like: Mapping[str, tuple[Scheme, Tensor]]
 ) -> dict[str, PackedWeight]:
-    """Return what `encode` returns on rank 0, on every rank; `like` gives scheme and weight of each."""
+    """Return what `encode` returns, or raise what it raises, on rank 0, on every rank.
+
+    Args:
+        trainer: A trainer inside a fit.
+        encode: Called on rank 0 only.
+        like: Scheme and weight of each of its results.
+    """
     if trainer.world_size == 1:
         return encode()
+    packed: dict[str, PackedWeight] = {}
+    state: Any = None
     if trainer.is_global_zero:
-        packed = encode()
-    else:
-        packed = {name: scheme.empty(w.shape, w.dtype, w.device) for name, (scheme, w) in like.items()}
-    state = {name: {key: t.cpu() for key, t in weight.state_dict().items()} for name, weight in packed.items()}
+        try:
+            packed = encode()
+            state = {name: {key: t.cpu() for key, t in weight.state_dict().items()} for name, weight in packed.items()}
+        except ValueError as error:  # the other ranks must not wait for ever
+            state = error
     state = trainer.strategy.broadcast(state, src=0)
+    if isinstance(state, ValueError):
+        raise state
+    packed = packed or {name: scheme.empty(w.shape, w.dtype, w.device) for name, (scheme, w) in like.items()}
     for name, weight in packed.items():
         weight.load_state_dict(state[name])
     return packed

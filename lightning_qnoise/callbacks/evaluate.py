@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lightning_qnoise.callbacks.base import Trainer, class_names
+from lightning_qnoise.callbacks.base import DummyLogger, Trainer, class_names
 
 _SHOWN = {"ProgressBar"}
 
@@ -16,15 +16,17 @@ def validate_again(trainer: Trainer) -> dict[str, float]:
     if not trainer.enable_validation:
         return {}
     callbacks, loggers = trainer.callbacks, trainer.loggers
-    known = dict(trainer.callback_metrics)
+    books = [trainer.callback_metrics, trainer.logged_metrics, trainer.progress_bar_metrics]
+    known = [dict(book) for book in books]
     trainer.callbacks = [callback for callback in callbacks if class_names(callback) & _SHOWN]
-    trainer.loggers = []
+    trainer.loggers = [DummyLogger() for _ in loggers]  # a module may well call self.logger.experiment
     trainer.validating = True
     try:
         outputs = trainer.fit_loop.epoch_loop.val_loop.run()
     finally:
         trainer.callbacks, trainer.loggers = callbacks, loggers
         trainer.training = True
-        trainer.callback_metrics.clear()
-        trainer.callback_metrics.update(known)
+        for book, entries in zip(books, known, strict=True):
+            book.clear()
+            book.update(entries)
     return {name: float(value) for output in outputs for name, value in output.items()}

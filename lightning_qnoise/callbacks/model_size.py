@@ -6,7 +6,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 
 from lightning_qnoise.callbacks.base import Callback, LightningModule, Trainer, log_after_fit
 from lightning_qnoise.callbacks.quantize import Quantize
-from lightning_qnoise.size import size_metrics, size_table
+from lightning_qnoise.size import size_table
 
 
 class ModelSize(Callback):
@@ -42,6 +42,6 @@ class ModelSize(Callback):
         if not self.enabled:
             return
         table = size_table(pl_module)
-        layers = {f"size/{entry.name.rstrip('.')}": entry.bytes / 1e6 for entry in table.layers()}
-        log_after_fit(trainer, {**layers, **size_metrics(table)})
+        layers = {f"size/{name}": entry.bytes / 1e6 for name, entry in table.layers().items()}
+        log_after_fit(trainer, {**layers, **table.metrics})
         rank_zero_info(f"Size:\n{table}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -47,7 +47,7 @@ class QuantNoise(Callback):
 
     def __init__(
         self,
-        policy: Policy | None,
+        policy: Policy | None = "ipq",
         rate: float | RateSchedule | Callable[[float], float] = 0.1,
         kind: Literal["exact", "zero", "mean"] = "exact",
         refresh: Literal["epoch"] | int = "epoch",
@@ -73,9 +73,10 @@ class QuantNoise(Callback):
         self._restored: dict[str, dict[str, Tensor]] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse what cannot work."""
+        """Start anew, and refuse what cannot work."""
         if stage != "fit" or not self.enabled:
             return
+        self._batches, self._restored = 0, {}
         check_fit(self, trainer, pl_module)
         if not isinstance(self.rate, ConstantRate) and not is_bounded(trainer):
             raise ValueError(f"{self.rate!r} needs the length of the training: set max_epochs or max_steps")
@@ -95,22 +96,20 @@ class QuantNoise(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the codebooks of a checkpoint."""
         for name, state in self._restored.items():
-            noise, weight = self._noises.get(name), self._weights.get(name)
-            if noise is None or weight is None:
-                continue  # a checkpoint of another policy: its codebook is of no use here
-            noise.target = noise.scheme.empty(weight.shape, weight.dtype, weight.device)
-            noise.target.load_state_dict(state)
-
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Cluster the codebooks anew."""
-        if self.refresh == "epoch":
-            self._refresh(trainer)
+            if name not in self._noises:
+                continue
+            weight = self._weights[name]
+            target = self._noises[name].scheme.empty(weight.shape, weight.dtype, weight.device)
+            if _shapes(state) == _shapes(target.state_dict()):  # otherwise the checkpoint is of another policy
+                target.load_state_dict(state)
+                self._noises[name].target = target
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Draw the masks of this batch."""
+        """Cluster the codebooks anew where that is due, and draw the masks of this batch."""
         if not self._noises:
             return
-        if self.refresh != "epoch" and self._batches % int(self.refresh) == 0:
+        # on_train_epoch_start would not do: Lightning skips it after resuming from an epoch's last batch
+        if (batch_idx if self.refresh == "epoch" else self._batches % self.refresh) == 0:
             self._refresh(trainer)
         rate = check_rate(self.rate(progress(trainer, batch_idx)))
         generator = torch.Generator(next(iter(self._weights.values())).device)
@@ -141,8 +140,9 @@ class QuantNoise(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed fit needs to go on bit-equally: batches seen, and the codebooks of the moment."""
-        targets = {name: noise.target for name, noise in self._noises.items() if noise.target is not None}
-        return {"batches": self._batches, "targets": {name: dict(t.state_dict()) for name, t in targets.items()}}
+        targets = {name: noise.target for name, noise in self._noises.items() if noise.has_codebook}
+        current = {name: dict(target.state_dict()) for name, target in targets.items() if target is not None}
+        return {"batches": self._batches, "targets": self._restored | current}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take what `state_dict` returned."""
@@ -150,16 +150,21 @@ class QuantNoise(Callback):
         self._restored = state_dict["targets"]
 
     def _refresh(self, trainer: Trainer) -> None:
-        exact = {name: noise for name, noise in self._noises.items() if noise.kind == "exact"}
-        like = {name: (noise.scheme, self._weights[name]) for name, noise in exact.items()}
+        noises = {name: noise for name, noise in self._noises.items() if noise.has_codebook}
+        like = {name: (noise.scheme, self._weights[name]) for name, noise in noises.items()}
         targets = from_rank_zero(
             trainer,
-            lambda: {name: noise.encode(self._weights[name]) for name, noise in exact.items()},
+            lambda: {name: noise.encode(self._weights[name]) for name, noise in noises.items()},
             like,
         )
-        for name, noise in exact.items():
+        for name, noise in noises.items():
             noise.target = targets[name]
 
     def _detach(self, pl_module: LightningModule) -> None:
         detach(pl_module)
+        self._restored = self.state_dict()["targets"]  # for a checkpoint that is saved after the fit
         self._noises, self._weights = {}, {}
+
+
+def _shapes(state: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in state.items()}

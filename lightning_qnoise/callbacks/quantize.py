@@ -16,13 +16,14 @@ from lightning_qnoise.callbacks.base import (
     from_rank_zero,
     log_after_fit,
 )
+from lightning_qnoise.callbacks.batch_norm import reestimate
 from lightning_qnoise.callbacks.evaluate import validate_again
 from lightning_qnoise.callbacks.quant_noise import QuantNoise
-from lightning_qnoise.convert import check_finite, dense_state_dict, encode, pack
+from lightning_qnoise.convert import check_finite, dense_state_dict, dequantize, encode, pack
 from lightning_qnoise.file import save
 from lightning_qnoise.layers import packed_weights
 from lightning_qnoise.policy import Policy, as_mapping, resolve
-from lightning_qnoise.size import size_metrics, size_table
+from lightning_qnoise.size import size_table
 from lightning_qnoise.weights import owners
 
 _WRITE_AT_END = {"StochasticWeightAveraging", "WeightAveraging", "ModelPruning"}
@@ -34,13 +35,16 @@ class Quantize(Callback):
     Afterwards the module's selected layers are packed in place, `quantized/<metric>` of one more validation run,
     `size/total_mb` and `size/compression` are logged and in `trainer.callback_metrics`, and the packed file is
     written. Lightning checkpoints stay plain: one that is saved later holds decoded weights under the usual keys, and
-    loading a float checkpoint into the packed model (`trainer.test(ckpt_path="best")`) encodes it.
+    loading a float checkpoint into the packed model (`trainer.test(ckpt_path="best")`) encodes it. Where the ranks are
+    spawned (`ddp_spawn`, `ddp_notebook`), the starting process keeps its float model with the decoded weights.
 
     Args:
         policy: As in `QuantNoise`; None takes the policy of the `QuantNoise` in the same trainer.
         path: The packed file, relative to the logger's folder (or the default root folder). None writes no file.
             Nothing is written in a `fast_dev_run`.
         evaluate: Whether to run validation once more on the packed model.
+        batch_norm: Training batches from which BatchNorm statistics are estimated anew after packing; 0 keeps those of
+            the float model, which do not fit the packed weights.
         enabled: False makes the callback do nothing.
 
     Raises:
@@ -57,6 +61,7 @@ class Quantize(Callback):
         policy: Policy | None = None,
         path: str | None = "quantized.safetensors",
         evaluate: bool = True,
+        batch_norm: int = 100,
         enabled: bool = True,
     ) -> None:
         super().__init__()
@@ -64,7 +69,10 @@ class Quantize(Callback):
             as_mapping(policy)
         self.policy = policy
         self.path = path
+        if batch_norm < 0:
+            raise ValueError(f"batch_norm must be a number of batches >= 0, got {batch_norm}")
         self.evaluate = evaluate
+        self.batch_norm = batch_norm
         self.enabled = enabled
         self._pending: Policy | None = None
 
@@ -104,6 +112,7 @@ class Quantize(Callback):
         """Finalize, on the training's device."""
         if self._pending is not None:
             self._finalize(trainer, pl_module)
+            reestimate(trainer, pl_module, self.batch_norm)
             metrics = validate_again(trainer) if self.evaluate else {}
             self._report(trainer, pl_module, {f"quantized/{name}": value for name, value in metrics.items()})
 
@@ -116,6 +125,11 @@ class Quantize(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave the model float."""
         self._pending = None
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Hand decoded weights back to the process that spawned this one, whose model is still the float one."""
+        if stage == "fit" and self.enabled and "_MultiProcessingLauncher" in class_names(trainer.strategy.launcher):
+            dequantize(pl_module)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keep the user's keys in the checkpoints of a packed model."""
@@ -131,10 +145,13 @@ class Quantize(Callback):
             check_finite(name, weight)
         like = {name: (schemes[name], weight) for name, weight in weights.items()}
         pack(pl_module, from_rank_zero(trainer, lambda: encode(pl_module, schemes), like))
+        for callback in trainer.callbacks:
+            if "WeightAveraging" in class_names(callback):
+                callback._average_model = None  # else it swaps its float weights for the packed ones in validation
 
     def _report(self, trainer: Trainer, pl_module: LightningModule, metrics: dict[str, float]) -> None:
         table = size_table(pl_module)
-        log_after_fit(trainer, {**metrics, **size_metrics(table)})
+        log_after_fit(trainer, {**metrics, **table.metrics})
         rank_zero_info(f"Quantize: {table.float_bytes:,} to {table.bytes:,} bytes, {table.compression:.1f}x smaller")
         if self.path is None or trainer.fast_dev_run:
             return

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_qnoise.schemes.base import PackedWeight, Scheme, matrix_shape
+from lightning_qnoise.schemes.base import Scheme, matrix_shape
 from lightning_qnoise.schemes.bits import pack_bits, packed_length, unpack_bits
+from lightning_qnoise.schemes.packed import PackedWeight
 
 
 def affine_range(weight: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:

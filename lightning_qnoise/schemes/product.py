@@ -9,9 +9,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_qnoise.schemes.base import PackedWeight, Scheme, matrix_shape
+from lightning_qnoise.schemes.base import Scheme, matrix_shape
 from lightning_qnoise.schemes.bits import pack_bits, packed_length, unpack_bits
 from lightning_qnoise.schemes.kmeans import kmeans, nearest
+from lightning_qnoise.schemes.packed import PackedWeight
 
 
 @dataclass(frozen=True)
