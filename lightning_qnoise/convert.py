@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from lightning_qnoise.attach import detach
 from lightning_qnoise.layers import PackedLayer, pack_layer, packed_names, packed_weights, unpack_layer
-from lightning_qnoise.noise import detach
 from lightning_qnoise.policy import Policy, resolve
 from lightning_qnoise.schemes import PackedWeight, Scheme
 from lightning_qnoise.weights import owners

@@ -1,25 +1,21 @@
-"""Quant-Noise: in a training forward a random subset of weight blocks reads as its quantized value.
-
-The Parameter is never written. Its layer gets a subclass of its own class in which the weight is a property, and the
-property adds the noise only while the window is open: inside the forward of the layer or of the module that holds it
-(which is who reads `out_proj.weight` of an attention layer, or a table tied by `F.linear(h, self.embed.weight)`).
-Masks are drawn outside the graph, so recomputation under activation checkpointing sees the same noise.
-"""
+"""Quant-Noise of one weight: a random subset of its blocks reads as its quantized value. How it enters: attach.py."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lightning_qnoise.layers.swap import blank, plain_state, readers, retype, stored
 from lightning_qnoise.schemes import PackedWeight, Scheme, matrix_shape
-from lightning_qnoise.weights import owners
 
 Kind = Literal["exact", "zero", "mean"]
-KINDS = ("exact", "zero", "mean")
+
+
+def check_kind(kind: str) -> None:
+    """Raise a ValueError unless `kind` is one of the kinds of noise."""
+    if kind not in get_args(Kind):
+        raise ValueError(f"kind must be one of {', '.join(get_args(Kind))}, got {kind!r}")
 
 
 def quant_noise(weight: Tensor, target: Tensor, mask: Tensor) -> Tensor:
@@ -62,6 +58,7 @@ class WeightNoise:
     """
 
     def __init__(self, weight: Tensor, scheme: Scheme, kind: Kind = "exact") -> None:
+        check_kind(kind)
         self.scheme = scheme
         self.shape = weight.shape
         rows, cols = matrix_shape(weight.shape)
@@ -100,90 +97,3 @@ class WeightNoise:
         if self.kind == "zero":
             return weight.new_zeros(())
         return weight.detach().reshape(-1, self.unit).mean(dim=0)
-
-
-_NOISES, _OPENS = "_quant_noises", "_quant_noise_opens"
-
-
-class NoisyLayer(nn.Module):
-    """Mixin of a layer, or of the holder of a layer, whose forward opens the window of its noises."""
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the layer's own forward."""
-        opens = self.__dict__[_OPENS]
-        for noise in opens:
-            noise.window += 1
-        try:
-            return super().forward(*args, **kwargs)
-        finally:
-            for noise in opens:
-                noise.window -= 1
-
-    def __reduce_ex__(self, protocol: Any) -> tuple:
-        return blank, (type(self).__bases__[1],), plain_state(self, _NOISES, _OPENS)
-
-
-def attach(model: nn.Module, schemes: Mapping[str, Scheme], kind: Kind = "exact") -> dict[str, WeightNoise]:
-    """Let the named weights of a model be noised, in place; until masks are drawn nothing changes.
-
-    Args:
-        model: The model.
-        schemes: Full parameter name -> scheme, as `resolve` returns it.
-        kind: See `WeightNoise`.
-
-    Returns:
-        The noise of every weight: parameter name -> `WeightNoise`.
-    """
-    if kind not in KINDS:
-        raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
-    parameters = {name: parameter for name, _, _, parameter in owners(model)}
-    noises = {name: WeightNoise(parameters[name], scheme, kind) for name, scheme in schemes.items()}
-    of_parameter = {id(parameters[name]): noise for name, noise in noises.items()}
-    modules = dict(model.named_modules(remove_duplicate=False))
-    read: dict[nn.Module, dict[str, WeightNoise]] = {}
-    opens: dict[nn.Module, dict[int, WeightNoise]] = {}
-    for name, module, attribute, parameter in owners(model):
-        noise = of_parameter.get(id(parameter))
-        if noise is not None:
-            read.setdefault(module, {})[attribute] = noise
-            for opener in {module, _holder(modules, name.rpartition(".")[0])}:
-                opens.setdefault(opener, {})[id(noise)] = noise
-    for module, found in opens.items():
-        _swap(module, read.get(module, {}), found.values())
-    return noises
-
-
-def _holder(modules: Mapping[str, nn.Module], layer: str) -> nn.Module:
-    """The nearest module above a layer that has a forward: containers such as ModuleDict are passed over."""
-    holder = layer.rpartition(".")[0]
-    while holder and type(modules[holder]).forward is nn.Module.forward:
-        holder = holder.rpartition(".")[0]
-    return modules[holder]
-
-
-def detach(model: nn.Module) -> None:
-    """Give every module of a model its own class back, in place."""
-    for module in model.modules():
-        if isinstance(module, NoisyLayer):
-            del module.__dict__[_NOISES], module.__dict__[_OPENS]
-            retype(module, type(module).__bases__[1])
-
-
-def _swap(module: nn.Module, noises: dict[str, WeightNoise], opens: Iterable[WeightNoise]) -> None:
-    base = type(module)
-    namespace = {"__module__": base.__module__, "__doc__": base.__doc__, **readers(base, noises, _read)}
-    module.__dict__[_NOISES], module.__dict__[_OPENS] = noises, tuple(opens)
-    retype(module, type(f"Noisy{base.__name__}", (NoisyLayer, base), namespace))
-
-
-def _read(module: nn.Module, name: str) -> Any:
-    weight = stored(module, name)
-    noise = module.__dict__[_NOISES][name]
-    if noise.active and module.training and (noise.window or _is_recomputing()):
-        return noise.apply(weight)
-    return weight
-
-
-def _is_recomputing() -> bool:
-    """Whether a backward pass is running: it reads weights only to repeat a forward (activation checkpointing)."""
-    return torch._C._current_graph_task_id() != -1

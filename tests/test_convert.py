@@ -6,9 +6,9 @@ from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from lightning_qnoise import PQ, Int, dequantize, quantize
+from lightning_qnoise.attach import attach
 from lightning_qnoise.convert import check_finite, dense_state_dict, encode
 from lightning_qnoise.layers import packed_weights
-from lightning_qnoise.noise import attach
 from lightning_qnoise.schemes import PackedWeight
 
 

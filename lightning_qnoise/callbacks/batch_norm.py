@@ -23,7 +23,7 @@ def reestimate(trainer: Trainer, pl_module: LightningModule, n_batches: int) -> 
     Args:
         trainer: A trainer inside a fit.
         pl_module: Its module.
-        n_batches: Most batches to look at; 0 leaves the statistics.
+        n_batches: Most batches to look at, within the fit's own limit; 0 leaves the statistics.
     """
     norms = [m for m in pl_module.modules() if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
     if not norms or not n_batches:
@@ -36,8 +36,9 @@ def reestimate(trainer: Trainer, pl_module: LightningModule, n_batches: int) -> 
         norm.reset_running_stats()
         norm.momentum = None  # torch's word for a plain mean over the batches
     epoch_loop = trainer.fit_loop.epoch_loop
+    limit = int(min(n_batches, trainer.num_training_batches))
     with torch.no_grad(), _unlogged(pl_module), trainer.precision_plugin.train_step_context():
-        for index, (batch, _, dataloader_idx) in enumerate(islice(trainer.fit_loop._combined_loader, n_batches)):
+        for index, (batch, _, dataloader_idx) in enumerate(islice(trainer.fit_loop._combined_loader, limit)):
             moved = trainer.strategy.batch_to_device(batch, dataloader_idx=dataloader_idx)
             pl_module.training_step(**epoch_loop._build_kwargs(OrderedDict(), moved, index))
     for norm, momentum in zip(norms, momenta, strict=True):

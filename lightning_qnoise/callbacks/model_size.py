@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from lightning_utilities.core.rank_zero import rank_zero_info
 
-from lightning_qnoise.callbacks.base import Callback, LightningModule, Trainer, log_after_fit
+from lightning_qnoise.callbacks.base import Callback, LightningModule, Trainer
+from lightning_qnoise.callbacks.fit import log_after_fit
 from lightning_qnoise.callbacks.quantize import Quantize
 from lightning_qnoise.size import size_table
 

@@ -10,9 +10,11 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
 
-from lightning_qnoise.callbacks.base import Callback, LightningModule, Trainer, check_fit, from_rank_zero
+from lightning_qnoise.attach import attach, detach
+from lightning_qnoise.callbacks.base import Callback, LightningModule, Trainer
+from lightning_qnoise.callbacks.fit import check_fit, from_rank_zero
 from lightning_qnoise.callbacks.progress import is_bounded, progress
-from lightning_qnoise.noise import KINDS, Kind, WeightNoise, attach, detach
+from lightning_qnoise.noise import Kind, WeightNoise, check_kind
 from lightning_qnoise.policy import Policy, as_mapping, resolve
 from lightning_qnoise.schedules import ConstantRate, RateSchedule, check_rate
 from lightning_qnoise.weights import owners
@@ -57,8 +59,7 @@ class QuantNoise(Callback):
         super().__init__()
         if policy is not None:
             as_mapping(policy)
-        if kind not in KINDS:
-            raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
+        check_kind(kind)
         if refresh != "epoch" and (not isinstance(refresh, int) or refresh < 1):
             raise ValueError(f"refresh must be 'epoch' or a number of batches >= 1, got {refresh!r}")
         self.policy = policy

@@ -7,19 +7,12 @@ from typing import Any
 
 from lightning_utilities.core.rank_zero import rank_zero_info
 
-from lightning_qnoise.callbacks.base import (
-    Callback,
-    LightningModule,
-    Trainer,
-    check_fit,
-    class_names,
-    from_rank_zero,
-    log_after_fit,
-)
+from lightning_qnoise.callbacks.base import Callback, LightningModule, Trainer, class_names
 from lightning_qnoise.callbacks.batch_norm import reestimate
 from lightning_qnoise.callbacks.evaluate import validate_again
+from lightning_qnoise.callbacks.fit import check_fit, from_rank_zero, log_after_fit
 from lightning_qnoise.callbacks.quant_noise import QuantNoise
-from lightning_qnoise.convert import check_finite, dense_state_dict, dequantize, encode, pack
+from lightning_qnoise.convert import dense_state_dict, dequantize, encode, pack
 from lightning_qnoise.file import save
 from lightning_qnoise.layers import packed_weights
 from lightning_qnoise.policy import Policy, as_mapping, resolve
@@ -141,8 +134,6 @@ class Quantize(Callback):
         schemes = resolve(pl_module, self._pending)
         self._pending = None
         weights = {name: parameter for name, _, _, parameter in owners(pl_module) if name in schemes}
-        for name, weight in weights.items():
-            check_finite(name, weight)
         like = {name: (schemes[name], weight) for name, weight in weights.items()}
         pack(pl_module, from_rank_zero(trainer, lambda: encode(pl_module, schemes), like))
         for callback in trainer.callbacks:
