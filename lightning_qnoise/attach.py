@@ -35,6 +35,8 @@ class NoisyLayer(nn.Module):
         finally:
             for noise in opens:
                 noise.window -= 1
+                if not noise.window:
+                    noise.read.clear()
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
         return blank, (type(self).__bases__[1],), plain_state(self, _NOISES, _OPENS)
@@ -94,9 +96,14 @@ def _swap(module: nn.Module, noises: dict[str, WeightNoise], opens: Iterable[Wei
 def _read(module: nn.Module, name: str) -> Any:
     weight = stored(module, name)
     noise = module.__dict__[_NOISES][name]
-    if noise.active and module.training and (noise.window or _is_recomputing()):
+    if not (noise.active and module.training and (noise.window or _is_recomputing())):
+        return weight
+    if not noise.window:
         return noise.apply(weight)
-    return weight
+    gradients = torch.is_grad_enabled()
+    if gradients not in noise.read:
+        noise.read[gradients] = noise.apply(weight)
+    return noise.read[gradients]
 
 
 def _is_recomputing() -> bool:

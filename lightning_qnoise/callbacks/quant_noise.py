@@ -69,6 +69,7 @@ class QuantNoise(Callback):
         self.seed = seed
         self.enabled = enabled and policy is not None
         self._batches = 0  # training batches seen in this and earlier runs; seeds the masks
+        self._logged = -1.0
         self._noises: dict[str, WeightNoise] = {}
         self._weights: dict[str, Tensor] = {}
         self._restored: dict[str, dict[str, Tensor]] = {}
@@ -118,7 +119,11 @@ class QuantNoise(Callback):
         for name, noise in self._noises.items():
             noise.draw(self._weights[name], rate, generator)
         self._batches += 1
-        pl_module.log("quant_noise/rate", rate)
+        if (
+            batch_idx == 0 or rate != self._logged
+        ):  # the trainer keeps the value; telling it again costs half a millisecond
+            pl_module.log("quant_noise/rate", rate)
+            self._logged = rate
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

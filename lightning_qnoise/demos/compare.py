@@ -37,7 +37,7 @@ class Task:
 
 TASKS = {
     "digits": Task("digits", DigitsClassifier, DigitsData, 14, "test_accuracy", "accuracy"),
-    "text": Task("text", TransformerLM, ReferenceText, 3, "test_perplexity", "perplexity"),
+    "text": Task("text", TransformerLM, ReferenceText, 2, "test_perplexity", "perplexity"),
 }
 
 
