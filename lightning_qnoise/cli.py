@@ -42,7 +42,7 @@ def main(args: Sequence[str] | None = None) -> None:
     if words and words[0] in _TOOLS:
         _run_tool(words)
     else:
-        _run_lightning(words)
+        _run_lightning(args)
 
 
 def _run_tool(words: list[str]) -> None:
@@ -78,7 +78,7 @@ def _tool_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _run_lightning(words: list[str]) -> None:
+def _run_lightning(args: Sequence[str] | None) -> None:
     try:
         from pytorch_lightning import LightningModule
         from pytorch_lightning.cli import LightningCLI
@@ -100,5 +100,5 @@ def _run_lightning(words: list[str]) -> None:
         subclass_mode_model=True,
         save_config_kwargs={"overwrite": True},
         parser_kwargs={"epilog": _EPILOG},
-        args=words,
+        args=args if args is None else list(args),
     )

@@ -8,7 +8,6 @@ output projection) gets the value that the property gives.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -45,13 +44,16 @@ def readers(base: type[nn.Module], names: Iterable[str], read: Read) -> dict[str
 
     A recurrent layer reads its weights from a list that torch keeps beside them; that list becomes a property too.
     """
-    properties = {name: _property(name, partial(_swapped, read, name)) for name in names}
+    properties = {name: _property(name, read) for name in names}
     if issubclass(base, nn.RNNBase):
         properties["_flat_weights"] = property(_flat_weights, lambda module, value: None)
     return properties
 
 
-def _property(name: str, get: Callable[[nn.Module], Any]) -> property:
+def _property(name: str, read: Read) -> property:
+    def get(module: nn.Module) -> Any:  # a plain function, not a partial: torch 2.6 compiles no other getter
+        return read(module, name)
+
     def write(module: nn.Module, value: Any) -> None:
         module.__dict__[name] = value
 
@@ -59,10 +61,6 @@ def _property(name: str, get: Callable[[nn.Module], Any]) -> property:
         del module.__dict__[name]
 
     return property(get, write, delete)
-
-
-def _swapped(read: Read, name: str, module: nn.Module) -> Any:
-    return read(module, name)
 
 
 def _flat_weights(module: nn.Module) -> list[Tensor | None]:
