@@ -13,6 +13,13 @@ from lightning_qnoise import PQ
 
 PQS = {"fc": PQ(block_size=8, n_centroids=16), "head": PQ(block_size=8, n_centroids=4)}
 ROOTS = ["pytorch_lightning", "lightning.pytorch"]
+QUIET = {
+    "accelerator": "cpu",
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
 
 
 def rows(n=64, batch_size=8):
@@ -111,13 +118,9 @@ def net(root=ROOTS[0], seed=0, cls=None, **kwargs):
 
 def trainer(callbacks=(), root=ROOTS[0], **kwargs):
     """A trainer that prints and writes nothing unless told to; two epochs of eight batches."""
-    options = {
+    options = QUIET | {
         "max_epochs": 2,
-        "accelerator": "cpu",
-        "logger": False,
         "enable_checkpointing": any("Checkpoint" in type(c).__name__ for c in callbacks),
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
         "num_sanity_val_steps": 0,
         "log_every_n_steps": 1,
     }

@@ -16,6 +16,8 @@ from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torchmetrics.text import Perplexity
 
+from lightning_qnoise.demos.warmup import warmup_cosine
+
 # A token must be louder than its position, and the tied output small at the start, or the first two hundred
 # steps learn nothing but word frequencies. Chosen on the validation part of `ReferenceText`.
 EMBED_STD, EMBED_GAIN, POSITION_GAIN = 0.05, 5.0, 0.02
@@ -119,14 +121,7 @@ class TransformerLM(pl.LightningModule):
         vectors = [p for p in self.parameters() if p.ndim <= 1]
         groups: list[dict[str, Any]] = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
         optimizer = torch.optim.AdamW(groups, self.lr, betas=(0.9, 0.98), weight_decay=self.weight_decay)
-        n_steps = max(1, int(self.trainer.estimated_stepping_batches))
-
-        def factor(step: int) -> float:
-            done = min(1.0, step / n_steps)
-            return min(1.0, (step + 1) / (0.1 * n_steps)) * (0.5 + 0.5 * math.cos(math.pi * done))
-
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return warmup_cosine(optimizer, self.trainer, warmup=0.1)
 
     def _evaluate(self, batch: tuple[Tensor, Tensor], stage: str, perplexity: Perplexity) -> None:
         ids, targets = batch

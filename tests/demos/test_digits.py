@@ -8,19 +8,12 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
+from fits import QUIET
 from sklearn.datasets import load_digits
 from torch import Tensor
 
 from lightning_qnoise.demos import DigitsClassifier, DigitsData
 from lightning_qnoise.demos.digits import random_shift
-
-QUIET: dict[str, Any] = {
-    "accelerator": "cpu",
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-}
 
 
 def fit(seed: int, **options: Any) -> tuple[pl.Trainer, DigitsClassifier, DigitsData]:

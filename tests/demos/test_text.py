@@ -10,18 +10,12 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
+from fits import QUIET
 
 from lightning_qnoise.demos import BPE, ReferenceText, TransformerLM
 from lightning_qnoise.demos.lm import sinusoids
 from lightning_qnoise.demos.text import Windows, load_topics, split_topics
 
-QUIET: dict[str, Any] = {
-    "accelerator": "cpu",
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-}
 SMALL: dict[str, Any] = {"vocab_size": 300, "context": 16, "d_model": 32, "n_heads": 2, "d_ffn": 64}
 
 
