@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lightning_utilities.core.imports import module_available
+
 from lightning_qnoise import commands
 
 _TOOLS = ("size", "quantize", "dequantize", "config")
@@ -79,11 +81,10 @@ def _tool_parser() -> argparse.ArgumentParser:
 
 
 def _run_lightning(args: Sequence[str] | None) -> None:
-    try:
-        from pytorch_lightning import LightningModule
-        from pytorch_lightning.cli import LightningCLI
-    except ModuleNotFoundError as error:
-        sys.exit(f"lightning-qnoise fit needs the extra [cli]: pip install 'lightning-qnoise[cli]' ({error})")
+    if not module_available("jsonargparse"):
+        sys.exit("this command needs jsonargparse: pip install 'lightning-qnoise[cli]'")
+    from pytorch_lightning import LightningModule
+    from pytorch_lightning.cli import LightningCLI
 
     class QuantNoiseCLI(LightningCLI):
         def add_arguments_to_parser(self, parser: Any) -> None:
