@@ -12,11 +12,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lightning_qnoise.contents import FORMAT, Contents, PackedSpec, read, write
+from lightning_qnoise.contents import FORMAT, Contents, PackedSpec, read, weight_name, write
 from lightning_qnoise.convert import check_finite
 from lightning_qnoise.policy import Policy, resolve
-from lightning_qnoise.size import packed_entry
-from lightning_qnoise.size_table import Entry, SizeTable
+from lightning_qnoise.size import tabulate
+from lightning_qnoise.size_table import SizeTable
 from lightning_qnoise.weights import Weight
 
 
@@ -28,15 +28,7 @@ def file_size(path: Path) -> SizeTable:
         ValueError: It is none of these, or damaged.
     """
     contents = _contents(path)
-    sizes: dict[str, Entry] = {}
-    for name, tensor in contents.tensors.items():
-        owner = name.rpartition(".")[0]
-        if owner in contents.packed:
-            spec = contents.packed[owner]
-            sizes[owner] = packed_entry(owner, spec.scheme, spec.shape, spec.dtype)
-        else:
-            sizes[name] = Entry(name, tensor.nbytes, tensor.nbytes)
-    return SizeTable(tuple(sizes.values()))
+    return tabulate(contents.tensors, contents.packed)
 
 
 def quantize_file(source: Path, target: Path, policy: Policy) -> SizeTable:
@@ -79,7 +71,7 @@ def dequantize_file(source: Path, target: Path) -> SizeTable:
         ValueError: It is no packed file.
     """
     contents = read(source)
-    state = {name: t for name, t in contents.tensors.items() if name.rpartition(".")[0] not in contents.packed}
+    state = {name: t for name, t in contents.tensors.items() if weight_name(name, contents.packed) == name}
     for name in contents.packed:
         state[name] = contents.rebuild(name).decode()
     state.update({name: state[first] for name, first in contents.tied.items()})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,12 @@ class Contents:
                 raise ValueError(f"the file is damaged: tensor {name}.{key} does not fit {spec}")
         packed.load_state_dict(state)
         return packed
+
+
+def weight_name(name: str, packed: Container[str]) -> str:
+    """Return the name of the packed weight that a stored tensor belongs to, or the tensor's own."""
+    owner = name.rpartition(".")[0]
+    return owner if owner in packed else name
 
 
 def write(path: str | os.PathLike[str], contents: Contents) -> int:

@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from lightning_qnoise.contents import Contents, PackedSpec, read, write
+from lightning_qnoise.contents import Contents, PackedSpec, read, weight_name, write
 from lightning_qnoise.convert import pack
 from lightning_qnoise.layers import packed_weights
 from lightning_qnoise.schemes import PackedWeight
@@ -35,7 +35,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> int:
     """
     packed = dict(packed_weights(model))
     tensors, shared = stored_tensors(model)
-    tied = {_weight_name(name, packed): _weight_name(first, packed) for name, first in shared.items()}
+    tied = {weight_name(name, packed): weight_name(first, packed) for name, first in shared.items()}
     specs = {
         name: PackedSpec(weight.scheme, tuple(weight.shape), weight.dtype)
         for name, weight in packed.items()
@@ -66,7 +66,7 @@ def load(model: _Model, path: str | os.PathLike[str]) -> _Model:
         if name in packed:
             packed[name].to(device=None if parameter.is_meta else parameter.device, dtype=parameter.dtype)
     pack(model, packed)
-    rest = {name: tensor for name, tensor in contents.tensors.items() if _weight_name(name, packed) == name}
+    rest = {name: tensor for name, tensor in contents.tensors.items() if weight_name(name, packed) == name}
     _fill(model, rest | {name: rest[first] for name, first in contents.tied.items() if first in rest})
     return model
 
@@ -93,7 +93,7 @@ def _differences(model: nn.Module, contents: Contents, packed: Mapping[str, Pack
     """What the model expects and the file lacks, the other way round, and what has another shape or tie."""
     tensors, tied = stored_tensors(model)
     expected = {name: _kind(tensor) for name, tensor in tensors.items()}
-    stored = {name: _kind(t) for name, t in contents.tensors.items() if _weight_name(name, packed) == name}
+    stored = {name: _kind(t) for name, t in contents.tensors.items() if weight_name(name, packed) == name}
     stored |= {name: f"float {list(weight.shape)}" for name, weight in packed.items()}
     problems = [f"{name!r} is in the model, not in the file" for name in expected.keys() - stored.keys()]
     problems += [f"{name!r} is in the file, not in the model" for name in stored.keys() - expected.keys()]
@@ -111,9 +111,3 @@ def _differences(model: nn.Module, contents: Contents, packed: Mapping[str, Pack
 
 def _kind(tensor: Tensor) -> str:
     return f"{'float' if tensor.is_floating_point() else tensor.dtype} {list(tensor.shape)}"
-
-
-def _weight_name(name: str, packed: Mapping[str, PackedWeight]) -> str:
-    """The name of the packed weight that a tensor belongs to, or the tensor's own."""
-    owner = name.rpartition(".")[0]
-    return owner if owner in packed else name

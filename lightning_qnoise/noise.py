@@ -74,7 +74,6 @@ class WeightNoise:
     def __init__(self, weight: Tensor, scheme: Scheme, kind: Kind = "exact") -> None:
         check_kind(kind)
         self.scheme = scheme
-        self.shape = weight.shape
         rows, cols = matrix_shape(weight.shape)
         self.unit = scheme.noise_blocks(weight.shape)[1]
         self.kind: Kind = kind if self.unit > 1 else "exact"

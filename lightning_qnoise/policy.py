@@ -56,8 +56,9 @@ def resolve(model: nn.Module | Sequence[Weight], policy: Policy) -> dict[str, Sc
 def decide(model: nn.Module | Sequence[Weight], policy: Policy) -> list[Decision]:
     """Return the decision on every weight, with reasons. Arguments and errors are those of `resolve`."""
     weights = list_weights(model) if isinstance(model, nn.Module) else list(model)
-    strict = isinstance(policy, Mapping)
-    entries = list(as_mapping(policy).items())
+    mapping = as_mapping(policy)
+    strict = mapping.get("*") is not policy  # only a bare preset or scheme skips what it cannot take
+    entries = list(mapping.items())
     if strict:
         check_globs(entries, weights)
     decisions = []
@@ -134,6 +135,6 @@ def _decide(weight: Weight, rule: Rule, strict: bool) -> Decision:
 
 def _warn_reduced(decisions: list[Decision]) -> None:
     reduced = [d for d in decisions if d.scheme and isinstance(d.rule, Scheme) and d.scheme != d.rule]
-    if reduced:
+    if reduced:  # said at one place, so that the callbacks of a fit, which all resolve the policy, say it once
         rows = "; ".join(f"{d.weight.name}: {d.scheme}" for d in reduced)
-        warnings.warn(f"fewer blocks than codewords, n_centroids is reduced for {rows}", stacklevel=4)
+        warnings.warn(f"fewer blocks than codewords, n_centroids is reduced for {rows}", stacklevel=1)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from lightning_qnoise.contents import PackedSpec, weight_name
 from lightning_qnoise.layers import packed_weights
 from lightning_qnoise.policy import Policy, resolve
-from lightning_qnoise.schemes import Scheme
+from lightning_qnoise.schemes import PackedWeight, Scheme
 from lightning_qnoise.size_table import Entry, SizeTable
 
 
@@ -60,18 +61,23 @@ def size_table(model: nn.Module, policy: Policy | None = None) -> SizeTable:
         >>> table.float_bytes, table.bytes
         (16384, 4416)
     """
-    packed = dict(packed_weights(model))
-    schemes = resolve(model, policy) if policy is not None else {}
+    packed: dict[str, PackedSpec | PackedWeight] = dict(packed_weights(model))
     tensors, _ = stored_tensors(model)
+    schemes = resolve(model, policy) if policy is not None else {}
+    for name, scheme in schemes.items():
+        packed[name] = PackedSpec(scheme, tuple(tensors[name].shape), tensors[name].dtype)
+    return tabulate(tensors, packed)
+
+
+def tabulate(tensors: Mapping[str, Tensor], packed: Mapping[str, PackedSpec | PackedWeight]) -> SizeTable:
+    """Return the size of stored tensors; those of a packed weight, or the weight to be packed, make one entry."""
     sizes: dict[str, Entry] = {}
-    for name, tensor in tensors.items():
-        owner = name.rpartition(".")[0]
-        if owner in packed:
-            sizes.setdefault(owner, packed_entry(owner, packed[owner].scheme, packed[owner].shape, packed[owner].dtype))
-        elif name in schemes:
-            sizes[name] = packed_entry(name, schemes[name], tensor.shape, tensor.dtype)
-        else:
+    for stored, tensor in tensors.items():
+        name = weight_name(stored, packed)
+        if name not in packed:
             sizes[name] = Entry(name, tensor.nbytes, tensor.nbytes)
+        elif name not in sizes:
+            sizes[name] = packed_entry(name, packed[name].scheme, packed[name].shape, packed[name].dtype)
     return SizeTable(tuple(sizes.values()))
 
 

@@ -294,3 +294,10 @@ def test_json_files_are_checked(text, error, message, tmp_path):
 def test_every_preset_is_a_name_of_a_policy():
     for name in PRESETS:
         assert as_mapping(name) == {"*": name}
+
+
+def test_a_policy_file_is_as_strict_as_a_mapping(tmp_path):
+    path = tmp_path / "policy.json"
+    path.write_text(to_json({"no_such_layer": Int(8), "0": Int(4)}))
+    with pytest.raises(ValueError, match="'no_such_layer' in the policy matches no layer"):
+        resolve(nn.Sequential(nn.Linear(64, 64)), str(path))

@@ -16,6 +16,7 @@ from lightning_qnoise.convert import dense_state_dict, dequantize, encode, pack
 from lightning_qnoise.file import save
 from lightning_qnoise.layers import packed_weights
 from lightning_qnoise.policy import Policy, as_mapping, resolve
+from lightning_qnoise.schemes import Scheme
 from lightning_qnoise.size import size_table
 from lightning_qnoise.weights import owners
 
@@ -67,14 +68,13 @@ class Quantize(Callback):
         self.evaluate = evaluate
         self.batch_norm = batch_norm
         self.enabled = enabled
-        self._pending: Policy | None = None
+        self._pending: dict[str, Scheme] | None = None  # what the end of the fit is to pack
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Find the policy and refuse what cannot work."""
         if stage != "fit" or not self.enabled:
             return
-        self._pending = self.find_policy(trainer)
-        if self._pending is None:
+        if self.find_policy(trainer) is None:
             return
         check_fit(self, trainer, pl_module)
         later = trainer.callbacks[trainer.callbacks.index(self) + 1 :]
@@ -98,8 +98,8 @@ class Quantize(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Resolve the policy now, not after the training."""
-        if self._pending is not None:
-            resolve(pl_module, self._pending)
+        policy = self.find_policy(trainer) if self.enabled else None
+        self._pending = None if policy is None else resolve(pl_module, policy)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Finalize, on the training's device."""
@@ -130,9 +130,7 @@ class Quantize(Callback):
             checkpoint["state_dict"] = dense_state_dict(pl_module)
 
     def _finalize(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert self._pending is not None
-        schemes = resolve(pl_module, self._pending)
-        self._pending = None
+        schemes, self._pending = self._pending or {}, None
         weights = {name: parameter for name, _, _, parameter in owners(pl_module) if name in schemes}
         like = {name: (schemes[name], weight) for name, weight in weights.items()}
         pack(pl_module, from_rank_zero(trainer, lambda: encode(pl_module, schemes), like))

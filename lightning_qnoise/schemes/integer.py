@@ -96,16 +96,15 @@ class Int(Scheme):
 
     def encode(self, weight: Tensor, start: PackedWeight | None = None) -> IntWeight:
         """Round to the nearest level of the weight's own range."""
-        if not torch.isfinite(self.fake_quantize(weight)).all():
-            raise ValueError(f"weights from {weight.min():.3g} to {weight.max():.3g} overflow {weight.dtype} as {self}")
         codes, scale, zero_point = self._quantize(weight)
+        if not torch.isfinite(_dequantize(codes, scale, zero_point).to(weight.dtype)).all():
+            raise ValueError(f"weights from {weight.min():.3g} to {weight.max():.3g} overflow {weight.dtype} as {self}")
         stored = None if self.symmetric else zero_point.to(torch.uint8)
         return IntWeight(self, weight.shape, weight.dtype, pack_bits(codes.int(), self.bits), scale, stored)
 
     def fake_quantize(self, weight: Tensor) -> Tensor:
         """Return `encode(weight).decode()` without packing."""
-        codes, scale, zero_point = self._quantize(weight)
-        return ((codes - zero_point[..., None]) * scale[..., None]).view(weight.shape).to(weight.dtype)
+        return _dequantize(*self._quantize(weight)).view(weight.shape).to(weight.dtype)
 
     def _quantize(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Codes float32 `[rows, groups, size]`, scale and zero point float32 `[rows, groups]`."""
@@ -126,6 +125,11 @@ class Int(Scheme):
                 f"groups; pick a divisor of {cols}, or granularity='channel'"
             )
         return rows, cols // size, size
+
+
+def _dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    """Values float32 `[rows, groups, size]` of codes of that shape, scale and zero point `[rows, groups]`."""
+    return (codes - zero_point[..., None]) * scale[..., None]
 
 
 class IntWeight(PackedWeight):
@@ -160,8 +164,8 @@ class IntWeight(PackedWeight):
         """Return `(codes - zero_point) * scale`."""
         bits = self.scheme.bits
         codes = unpack_bits(self.codes, bits, self.shape.numel()).view(*self.scale.shape, -1)
-        zero_point = 2 ** (bits - 1) if self.zero_point is None else self.zero_point[..., None].int()
-        return ((codes - zero_point) * self.scale[..., None]).view(self.shape).to(self.dtype)
+        zero_point = torch.full_like(self.scale, 2 ** (bits - 1)) if self.zero_point is None else self.zero_point
+        return _dequantize(codes, self.scale, zero_point).view(self.shape).to(self.dtype)
 
     def project(self, weight: Tensor) -> Tensor:
         """Quantize with the weight's range of the moment, which no element can leave."""

@@ -1,6 +1,7 @@
 """Our callbacks beside Lightning's own that touch weights, learning rates or the length of the fit."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from fits import PQS, ROOTS, Net, checkpoint, equal, fit, losses, net, rows
 from pytorch_lightning import Callback, callbacks
 from torch import nn
 
-from lightning_qnoise import Int, Quantize, QuantNoise, quantize
+from lightning_qnoise import PQ, Int, ModelSize, Quantize, QuantNoise, quantize
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Be aware that when using `ckpt_path`:UserWarning",
@@ -137,3 +138,10 @@ def test_a_summary_and_a_progress_bar():
     model = net()
     fit(model, [QuantNoise("int8"), Quantize()], enable_progress_bar=True, enable_model_summary=True)
     assert type(model.fc).__name__ == "PackedLinear"
+
+
+def test_reduced_codebooks_are_said_once_in_a_fit():
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        fit(net(), [QuantNoise({"fc": PQ(8, 256)}, 0.1), Quantize(path=None), ModelSize()])
+    assert sum("fewer blocks" in str(warning.message) for warning in caught) == 1
