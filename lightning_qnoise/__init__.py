@@ -3,13 +3,14 @@
 from typing import TYPE_CHECKING, Any
 
 from lightning_qnoise.convert import dequantize, quantize
+from lightning_qnoise.distill import Guidance
 from lightning_qnoise.file import load, save
-from lightning_qnoise.schedules import ConstantRate, CosineRate, LinearRate, StepRate
+from lightning_qnoise.schedules import ConstantRate, CosineRate, LinearRate, StepRate, WarmupCosine
 from lightning_qnoise.schemes import PQ, Int
 from lightning_qnoise.size import size_table
 
 if TYPE_CHECKING:
-    from lightning_qnoise.callbacks import ModelSize, Quantize, QuantNoise
+    from lightning_qnoise.callbacks import Finetune, ModelSize, Quantize, QuantNoise
 
 __version__ = "0.1.0"
 
@@ -17,12 +18,15 @@ __all__ = [
     "PQ",
     "ConstantRate",
     "CosineRate",
+    "Finetune",
+    "Guidance",
     "Int",
     "LinearRate",
     "ModelSize",
     "QuantNoise",
     "Quantize",
     "StepRate",
+    "WarmupCosine",
     "dequantize",
     "load",
     "quantize",
@@ -33,7 +37,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Import the callbacks, and with them Lightning, when first asked for."""
-    if name in ("ModelSize", "QuantNoise", "Quantize"):
+    if name in ("Finetune", "ModelSize", "QuantNoise", "Quantize"):
         from lightning_qnoise import callbacks
 
         return getattr(callbacks, name)

@@ -94,6 +94,31 @@ class CosineRate(LinearRate):
 
 
 @dataclass(frozen=True)
+class WarmupCosine(RateSchedule):
+    """From 0 in a straight line to 1 over the first `warmup` of the training, and along half a cosine back to 0.
+
+    As a factor of a learning rate; `Finetune` uses it.
+
+    Example:
+        >>> schedule = WarmupCosine(warmup=0.1)
+        >>> [round(schedule(progress), 3) for progress in (0.0, 0.05, 0.1, 0.55, 1.0)]
+        [0.0, 0.5, 1.0, 0.5, 0.0]
+    """
+
+    warmup: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.warmup < 1:
+            raise ValueError(f"warmup must lie in [0, 1), got {self.warmup}")
+
+    def __call__(self, progress: float) -> float:
+        """Return the factor at `progress`."""
+        if progress < self.warmup:
+            return progress / self.warmup
+        return (1 + math.cos(math.pi * (progress - self.warmup) / (1 - self.warmup))) / 2
+
+
+@dataclass(frozen=True)
 class StepRate(RateSchedule):
     """Piecewise constant: `rates[i]` from `milestones[i - 1]` on.
 

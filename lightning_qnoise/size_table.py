@@ -62,7 +62,7 @@ class SizeTable:
             rows.append((layer or "(model)", str(entry.scheme or "float"), *_numbers(entry)))
         total = _sum("total", self.entries)
         rows.append((total.name, f"{self.total_mb:.3f} MB", *_numbers(total)))
-        return _align(rows)
+        return align(rows)
 
 
 def _sum(name: str, entries: Sequence[Entry]) -> Entry:
@@ -75,10 +75,11 @@ def _numbers(entry: Entry) -> tuple[str, str, str]:
     return f"{entry.float_bytes:,}", f"{entry.bytes:,}", ratio
 
 
-def _align(rows: Sequence[Sequence[str]]) -> str:
+def align(rows: Sequence[Sequence[str]], n_left: int = 2) -> str:
+    """Return rows of text as a table, the first `n_left` columns flush left and the others flush right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:
-        cells = [c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
-        lines.append("  ".join(cells).rstrip())
+        padded = enumerate(zip(row, widths, strict=True))
+        lines.append("  ".join(c.ljust(w) if i < n_left else c.rjust(w) for i, (c, w) in padded).rstrip())
     return "\n".join(lines)

@@ -1,7 +1,8 @@
 """When things happen: the only folder, with the command line and the demos, that imports Lightning."""
 
+from lightning_qnoise.callbacks.finetune import Finetune
 from lightning_qnoise.callbacks.model_size import ModelSize
 from lightning_qnoise.callbacks.quant_noise import QuantNoise
 from lightning_qnoise.callbacks.quantize import Quantize
 
-__all__ = ["ModelSize", "QuantNoise", "Quantize"]
+__all__ = ["Finetune", "ModelSize", "QuantNoise", "Quantize"]

@@ -12,6 +12,7 @@ from lightning_qnoise.callbacks.base import Callback, Trainer, class_names
 from lightning_qnoise.layers import packed_weights
 from lightning_qnoise.schemes import PackedWeight, Scheme
 
+_WRITE_AT_END = {"StochasticWeightAveraging", "WeightAveraging", "ModelPruning"}
 _SHARDED = {"FSDPStrategy", "XLAFSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy"}
 
 
@@ -28,6 +29,14 @@ def check_fit(callback: Callback, trainer: Trainer, model: nn.Module) -> None:
         )
     if next(packed_weights(model), None) is not None:
         raise ValueError(f"the model is already packed, so {name} cannot train it; call dequantize(model) first")
+
+
+def check_later(callback: Callback, trainer: Trainer) -> None:
+    """Raise a ValueError where a callback that writes weights at the end of the fit does so after ours."""
+    for later in trainer.callbacks[trainer.callbacks.index(callback) + 1 :]:
+        if class_names(later) & _WRITE_AT_END:
+            name, ours = type(later).__name__, type(callback).__name__
+            raise ValueError(f"{name} overwrites the weights at the end of the fit: list it before {ours}")
 
 
 def from_rank_zero(

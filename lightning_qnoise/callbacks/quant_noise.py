@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -70,6 +70,7 @@ class QuantNoise(Callback):
         self.enabled = enabled and policy is not None
         self._batches = 0  # training batches seen in this and earlier runs; seeds the masks
         self._logged = -1.0
+        self._is_over = False
         self._noises: dict[str, WeightNoise] = {}
         self._weights: dict[str, Tensor] = {}
         self._restored: dict[str, dict[str, Tensor]] = {}
@@ -78,7 +79,7 @@ class QuantNoise(Callback):
         """Start anew, and refuse what cannot work."""
         if stage != "fit" or not self.enabled:
             return
-        self._batches, self._restored = 0, {}
+        self._batches, self._restored, self._is_over = 0, {}, False
         check_fit(self, trainer, pl_module)
         if not isinstance(self.rate, ConstantRate) and not is_bounded(trainer):
             raise ValueError(f"{self.rate!r} needs the length of the training: set max_epochs or max_steps")
@@ -113,7 +114,7 @@ class QuantNoise(Callback):
         # on_train_epoch_start would not do: Lightning skips it after resuming from an epoch's last batch
         if (batch_idx if self.refresh == "epoch" else self._batches % self.refresh) == 0:
             self._refresh(trainer)
-        rate = check_rate(self.rate(progress(trainer, batch_idx)))
+        rate = check_rate(self.rate(1.0 if self._is_over else progress(trainer, batch_idx)))
         generator = torch.Generator(next(iter(self._weights.values())).device)
         generator.manual_seed(zlib.crc32(f"{self.seed}/{trainer.global_rank}/{self._batches}".encode()))
         for name, noise in self._noises.items():
@@ -132,16 +133,19 @@ class QuantNoise(Callback):
         for noise in self._noises.values():
             noise.active = False
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Detach the noise."""
-        self._detach(pl_module)
+    def finish(self, names: Iterable[str]) -> None:
+        """From now on the schedule stands at its end, and the named weights are left alone (they are quantized)."""
+        self._is_over = True
+        for name in names:
+            if name in self._noises:
+                self._noises.pop(name).active = False
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Detach the noise; no other hook runs after an exception."""
         self._detach(pl_module)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Detach the noise of a fit that had nothing to train."""
+        """Detach the noise: what else happens at the end of the fit may need it until now."""
         self._detach(pl_module)
 
     def state_dict(self) -> dict[str, Any]:

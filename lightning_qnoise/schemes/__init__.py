@@ -2,7 +2,8 @@
 
 from lightning_qnoise.schemes.base import Scheme, matrix_shape
 from lightning_qnoise.schemes.integer import Int, IntWeight
+from lightning_qnoise.schemes.kmeans import nearest
 from lightning_qnoise.schemes.packed import PackedWeight
 from lightning_qnoise.schemes.product import PQ, PQWeight
 
-__all__ = ["PQ", "Int", "IntWeight", "PQWeight", "PackedWeight", "Scheme", "matrix_shape"]
+__all__ = ["PQ", "Int", "IntWeight", "PQWeight", "PackedWeight", "Scheme", "matrix_shape", "nearest"]

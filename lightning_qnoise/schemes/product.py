@@ -149,6 +149,11 @@ class PQWeight(PackedWeight):
         n_blocks = rows * cols // self.scheme.block_size
         return unpack_bits(self.codes, self.scheme.bits, n_blocks).view(rows, -1)
 
+    def write(self, indices: Tensor, codebook: Tensor) -> None:
+        """Take other codes (any shape, row by row) and codewords `[n_centroids, block_size]`."""
+        self.codes.copy_(pack_bits(indices.flatten(), self.scheme.bits))
+        self.codebook.copy_(codebook.detach())
+
     def decode(self) -> Tensor:
         """Look every block up in the codebook."""
         return nn.functional.embedding(self.indices(), self.codebook).view(self.shape).to(self.dtype)
