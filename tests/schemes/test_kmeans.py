@@ -10,13 +10,14 @@ from lightning_qnoise.schemes import kmeans as module
 from lightning_qnoise.schemes.kmeans import kmeans, nearest
 
 
-def test_inertia_equals_sklearn_within_one_percent():
+def test_inertia_is_not_above_sklearns():
     points = torch.randn(1024, 1024).view(-1, 8)
     ours = inertia(points.numpy(), kmeans(points, 256, n_iter=10).numpy())
     start = points.numpy()[np.random.default_rng(0).permutation(len(points))[:256]]
     sklearn = KMeans(256, init=start, n_init=1, max_iter=10, tol=0).fit(points.numpy()).inertia_
-    assert ours == pytest.approx(sklearn, rel=0.01)
-    assert ours < 0.9 * inertia(points.numpy(), start)
+    assert 0.97 * sklearn < ours < sklearn  # the seeding spares iterations
+    from_start = inertia(points.numpy(), kmeans(points, 256, n_iter=10, init=torch.from_numpy(start)).numpy())
+    assert from_start == pytest.approx(sklearn, rel=0.002)
 
 
 def test_one_step_is_lloyds():
@@ -29,7 +30,7 @@ def test_one_step_is_lloyds():
 @pytest.mark.parametrize("make", [lambda: torch.randn(2000, 4), lambda: torch.randint(0, 4, (2000, 4)).float()])
 def test_objective_never_rises(make):
     points = make()
-    runs = [inertia(points.numpy(), kmeans(points, 50, n_iter=n).numpy()) for n in range(1, 15)]
+    runs = [inertia(points.numpy(), kmeans(points, 50, n_iter=n, init=points[:50]).numpy()) for n in range(1, 15)]
     assert all(after <= before * (1 + 1e-6) for before, after in pairwise(runs))
     assert runs[-1] < runs[0]
 
@@ -115,6 +116,21 @@ def test_nearest_equals_brute_force(d, k):
 
 def test_ties_go_to_the_lowest_index():
     assert nearest(torch.tensor([[0.0], [2.0]]), torch.tensor([[1.0], [1.0], [-1.0], [3.0]])).tolist() == [0, 0]
+
+
+def test_heavy_tails_and_small_layers_gain_from_the_seeding():
+    for points, k in ((torch.randn(2000, 8), 64), (torch.randn(20000, 8) * torch.randn(20000, 1).exp(), 64)):
+        ours = inertia(points.numpy(), kmeans(points, k).numpy())
+        drawn = [inertia(points.numpy(), kmeans(points, k, init=points[i * k : (i + 1) * k]).numpy()) for i in range(5)]
+        assert ours < np.mean(drawn)
+
+
+def test_ties_among_many_centroids_are_broken():
+    points, centroids = torch.randint(-2, 3, (3000, 3)).float(), torch.randint(-2, 3, (200, 3)).float() + 0.5
+    cost = centroids.square().sum(1) - 2 * points @ centroids.T  # exact: small integers and halves
+    expected = (cost == cost.amin(1, keepdim=True)).int().argmax(1)
+    assert torch.equal(nearest(points, centroids), expected)
+    assert torch.equal(nearest(torch.zeros(0, 3), centroids), torch.zeros(0, dtype=torch.int64))
 
 
 @pytest.mark.parametrize(
