@@ -10,7 +10,7 @@ from lightning_qnoise.schemes import PQ, Int
 from lightning_qnoise.size import size_table
 
 if TYPE_CHECKING:
-    from lightning_qnoise.callbacks import Finetune, ModelSize, Quantize, QuantNoise
+    from lightning_qnoise.callbacks import Distill, Finetune, ModelSize, Quantize, QuantNoise
 
 __version__ = "0.1.0"
 
@@ -18,6 +18,7 @@ __all__ = [
     "PQ",
     "ConstantRate",
     "CosineRate",
+    "Distill",
     "Finetune",
     "Guidance",
     "Int",
@@ -37,7 +38,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Import the callbacks, and with them Lightning, when first asked for."""
-    if name in ("Finetune", "ModelSize", "QuantNoise", "Quantize"):
+    if name in ("Distill", "Finetune", "ModelSize", "QuantNoise", "Quantize"):
         from lightning_qnoise import callbacks
 
         return getattr(callbacks, name)

@@ -12,6 +12,7 @@ from lightning_qnoise.attach import detach
 from lightning_qnoise.layers import PackedLayer, pack_layer, packed_names, packed_weights, unpack_layer
 from lightning_qnoise.policy import Policy, resolve
 from lightning_qnoise.schemes import PackedWeight, Scheme
+from lightning_qnoise.sharding import is_sharded
 from lightning_qnoise.weights import owners
 
 _Model = TypeVar("_Model", bound=nn.Module)
@@ -43,13 +44,17 @@ def encode(model: nn.Module, schemes: Mapping[str, Scheme]) -> dict[str, PackedW
     Raises:
         ValueError: A weight holds NaN or Inf, or its scheme cannot take it.
     """
-    parameters = {name: parameter for name, _, _, parameter in owners(model)}
+    return encode_weights({n: p.detach() for n, _, _, p in owners(model) if n in schemes}, schemes)
+
+
+def encode_weights(weights: Mapping[str, Tensor], schemes: Mapping[str, Scheme]) -> dict[str, PackedWeight]:
+    """Encode weights, each by the scheme of its name. Errors are those of `encode`."""
     for name in schemes:
-        check_finite(name, parameters[name])
+        check_finite(name, weights[name])
     packed = {}
     for name, scheme in schemes.items():
         try:
-            packed[name] = scheme.encode(parameters[name].detach())
+            packed[name] = scheme.encode(weights[name])
         except ValueError as error:
             raise ValueError(f"layer {name!r}: {error}") from error
     return packed
@@ -59,6 +64,8 @@ def pack(model: _Model, packed: Mapping[str, PackedWeight]) -> _Model:
     """Exchange the named Parameters, under all of their names, for packed weights, in place; return the model."""
     detach(model)
     entries = list(owners(model))
+    if any(is_sharded(parameter) for *_, parameter in entries):
+        raise ValueError("the model is sharded over ranks (DTensor), so that no rank can pack it; gather it first")
     parameters = {name: parameter for name, _, _, parameter in entries}
     of_parameter = {id(parameters[name]): weight for name, weight in packed.items()}
     done = set()

@@ -13,6 +13,7 @@ from lightning_qnoise.contents import Contents, PackedSpec, read, weight_name, w
 from lightning_qnoise.convert import pack
 from lightning_qnoise.layers import packed_weights
 from lightning_qnoise.schemes import PackedWeight
+from lightning_qnoise.sharding import whole
 from lightning_qnoise.size import stored_tensors
 from lightning_qnoise.weights import owners
 
@@ -33,7 +34,20 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> int:
         ValueError: The state dict holds something that is no tensor.
         OSError: The file cannot be written.
     """
-    packed = dict(packed_weights(model))
+    return write(path, contents_of(model))
+
+
+def contents_of(model: nn.Module, encoded: Mapping[str, PackedWeight] | None = None) -> Contents:
+    """Return what the file of a model holds. A sharded model is gathered: it must be called on every rank.
+
+    Args:
+        model: Any module, packed or not.
+        encoded: Encodings that stand for Parameters of the model (which cannot be packed itself while it is sharded).
+
+    Raises:
+        ValueError: The state dict holds something that is no tensor.
+    """
+    packed = dict(packed_weights(model)) | dict(encoded or {})
     tensors, shared = stored_tensors(model)
     tied = {weight_name(name, packed): weight_name(first, packed) for name, first in shared.items()}
     specs = {
@@ -41,7 +55,11 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> int:
         for name, weight in packed.items()
         if name not in tied
     }
-    return write(path, Contents(tensors, specs, tied))
+    held = {name: whole(tensor) for name, tensor in tensors.items()}
+    for name, weight in (encoded or {}).items():
+        del held[name]
+        held |= {f"{name}.{key}": tensor for key, tensor in weight.state_dict().items()}
+    return Contents(held, specs, tied)
 
 
 def load(model: _Model, path: str | os.PathLike[str]) -> _Model:

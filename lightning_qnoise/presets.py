@@ -22,7 +22,7 @@ def _product(weight: Weight) -> Scheme:
     wanted = 8
     if len(weight.shape) > 2:
         wanted = 9 if math.prod(weight.shape[2:]) > 1 else 4
-    elif "MultiheadAttention" in weight.kinds or any("attn" in n or "attention" in n for n in weight.names):
+    elif weight.is_attention:
         wanted = 4
     block_size = max(size for size in range(1, wanted + 1) if cols % size == 0)
     largest = rows * cols // block_size // _BLOCKS_PER_CENTROID

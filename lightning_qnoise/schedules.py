@@ -113,6 +113,7 @@ class WarmupCosine(RateSchedule):
 
     def __call__(self, progress: float) -> float:
         """Return the factor at `progress`."""
+        progress = min(max(progress, 0.0), 1.0)
         if progress < self.warmup:
             return progress / self.warmup
         return (1 + math.cos(math.pi * (progress - self.warmup) / (1 - self.warmup))) / 2

@@ -23,11 +23,7 @@ def _transformer(weights: Sequence[Weight]) -> list[list[Weight]]:
     """Feed-forward layers, then embeddings and what has their shape, then attention (Fan et al. 2021)."""
     tables = {w.shape for w in weights if "Embedding" in w.kinds}
 
-    def is_attention(weight: Weight) -> bool:
-        named = any("attn" in name or "attention" in name for name in weight.names)
-        return named or "MultiheadAttention" in weight.kinds
-
-    attention = [w for w in weights if is_attention(w)]
+    attention = [w for w in weights if w.is_attention]
     embedding = [w for w in weights if w.shape in tables and w not in attention]
     return [[w for w in weights if w not in attention and w not in embedding], embedding, attention]
 
@@ -92,7 +88,10 @@ def plan_stages(model: nn.Module, schemes: Mapping[str, Scheme], stages: Stages)
     plan = []
     for number, stage in enumerate(stages, start=1):
         globs = _globs(stage)
-        check_globs([(glob, None) for glob in globs], weights)
+        try:
+            check_globs([(glob, None) for glob in globs], weights)
+        except ValueError as error:
+            raise ValueError(f"stage {number}: {error}") from error
         found = [w for w in left if any(matches(glob, w) for glob in globs)]
         if not found:
             raise ValueError(f"stage {number} {list(globs)} matches only weights that belong to an earlier stage")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qnoise.schemes import PQWeight
+from lightning_qnoise.sharding import local, local_rows, over_ranks
 
 
 def codeword_sums(blocks: Tensor, codes: Tensor, n_codewords: int) -> Tensor:
@@ -26,10 +27,17 @@ def codeword_sums(blocks: Tensor, codes: Tensor, n_codewords: int) -> Tensor:
         tensor([[2., 2.],
                 [1., 1.]])
     """
-    blocks = blocks.float()
-    if codes.device.type == "cpu":
-        return blocks.new_zeros(n_codewords, blocks.shape[1]).index_add_(0, codes, blocks)
-    counts = torch.bincount(codes, minlength=n_codewords)  # index_add_ on a GPU adds in any order: ranks would differ
+    add = _sums_in_place if codes.device.type == "cpu" else _sums_sorted
+    return add(blocks.float(), codes, n_codewords)
+
+
+def _sums_in_place(blocks: Tensor, codes: Tensor, n_codewords: int) -> Tensor:
+    return blocks.new_zeros(n_codewords, blocks.shape[1]).index_add_(0, codes, blocks)
+
+
+def _sums_sorted(blocks: Tensor, codes: Tensor, n_codewords: int) -> Tensor:
+    """The same for a GPU, where `index_add_` adds in any order: ranks would differ."""
+    counts = torch.bincount(codes, minlength=n_codewords)
     starts = counts.cumsum(0) - counts
     return nn.functional.embedding_bag(codes.argsort(stable=True), blocks, starts, mode="sum")
 
@@ -39,15 +47,15 @@ class TiedWeight:
 
     Before every optimizer step each block gets the mean gradient over the blocks of its codeword. An elementwise
     optimizer (SGD, Adam, ...) then moves them alike, which is the codebook update `c <- c - eta * mean dL/db` of Stock
-    et al. (2020) without another Parameter. Under other optimizers blocks drift apart, and are projected on their mean
-    after every step. A codeword of zeros (padding rows, pruned blocks) stays zero.
+    et al. (2020) without another Parameter. Blocks that drift apart, under other optimizers or by the rounding of an
+    optimizer's kernel, are projected on their mean. A codeword of zeros (padding rows, pruned blocks) stays zero.
 
     Args:
         parameter: The Parameter. `start` puts it on the codebook.
         packed: Its encoding; its codes stay, its codebook is written by `pack`.
 
     Attributes:
-        codes: int64 `[n_blocks]`, the codeword of every block.
+        codes: int64 `[n_blocks]`, the codeword of every block; of a sharded weight (FSDP2), of this rank's blocks.
         codebook: None: there is no other Parameter to train.
 
     Example:
@@ -65,43 +73,43 @@ class TiedWeight:
         self._read()
 
     def _read(self) -> None:
-        packed = self.packed
-        self.codes = packed.indices().flatten().long()
-        self._zero = ~packed.codebook.any(dim=1)
-        self._counts = torch.bincount(self.codes, minlength=len(packed.codebook)).clamp(min=1)[:, None]
-        self._drifts: bool | None = None
+        codebook, codes = self.packed.codebook, self.packed.indices().long()
+        self.codes = local_rows(codes, self.parameter).flatten()
+        self._zero = ~codebook.any(dim=1, keepdim=True)
+        self._counts = torch.bincount(codes.flatten(), minlength=len(codebook)).clamp(min=1)[:, None]
 
     @torch.no_grad()
     def start(self) -> None:
         """Give the Parameter its decoded value."""
-        self.parameter.copy_(self.packed.decode())
+        local(self.parameter).copy_(self._spread(self.packed.codebook))
 
     @torch.no_grad()
     def before_step(self) -> None:
         """Give every block of the gradient the mean over the blocks of its codeword, in place."""
         gradient = self.parameter.grad
         if gradient is not None:
-            gradient.copy_(self._spread(self._means(gradient).masked_fill_(self._zero[:, None], 0.0)))
+            local(gradient).copy_(self._spread(self._means(local(gradient))))
 
     @torch.no_grad()
     def after_step(self) -> None:
-        """Project where the optimizer has been seen to move blocks of one codeword apart."""
-        if self._drifts is None:
-            self._drifts = not torch.equal(self.parameter, self._spread(self.codewords()))
-        if self._drifts:
-            self.parameter.copy_(self._spread(self._means(self.parameter)))
+        """Project where the optimizer has moved blocks of one codeword apart, or zeros away."""
+        shown = local(self.parameter)
+        has_drifted = (shown != self._spread(self.codewords())).any()
+        if over_ranks(has_drifted.float(), self.parameter, "max"):
+            shown.copy_(self._spread(self._means(shown)))
 
     @torch.no_grad()
     def codewords(self) -> Tensor:
         """Return the codewords of the moment, `[n_centroids, block_size]` in the Parameter's dtype (unused: zero)."""
-        blocks = self._blocks(self.parameter)
-        found = blocks.new_zeros(len(self._counts), blocks.shape[1])
+        blocks = self._blocks(local(self.parameter))
+        found = blocks.new_full((len(self._counts), blocks.shape[1]), -torch.inf)
         found[self.codes] = blocks
-        return found
+        found = over_ranks(found, self.parameter, "max")
+        return found.masked_fill_(found == -torch.inf, 0.0)
 
     def pack(self) -> PQWeight:
         """Return the encoding, with the codewords of the moment."""
-        self.packed.write(self.codes, self.codewords())
+        self.packed.codebook.copy_(self.codewords())
         return self.packed
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -114,11 +122,12 @@ class TiedWeight:
         self._read()
 
     def _blocks(self, values: Tensor) -> Tensor:
-        return values.reshape(len(self.codes), -1)
+        return values.reshape(-1, self.packed.codebook.shape[1])
 
     def _means(self, values: Tensor) -> Tensor:
-        return codeword_sums(self._blocks(values), self.codes, len(self._counts)) / self._counts
+        sums = codeword_sums(self._blocks(values), self.codes, len(self._counts))
+        return over_ranks(sums, self.parameter) / self._counts
 
     def _spread(self, codewords: Tensor) -> Tensor:
-        like = self.parameter
-        return nn.functional.embedding(self.codes, codewords).view_as(like).to(like.dtype)
+        like = local(self.parameter)
+        return nn.functional.embedding(self.codes, codewords.masked_fill(self._zero, 0.0)).view_as(like).to(like.dtype)

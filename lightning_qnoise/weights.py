@@ -12,7 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from lightning_qnoise.sharding import is_cut_in_rows
+
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_ATTENTION = {"MultiheadAttention", "NonDynamicallyQuantizableLinear"}  # the latter is its out_proj
 _NORMS = {"_NormBase", "LayerNorm", "GroupNorm", "RMSNorm"}
 
 
@@ -48,6 +51,13 @@ class Weight:
     def nbytes(self) -> int:
         """Bytes of the float tensor."""
         return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def is_attention(self) -> bool:
+        """Whether it belongs to an attention layer, by class or by name."""
+        names = [name.lower() for name in self.names]
+        named = any("attn" in name or "attention" in name for name in names)
+        return named or bool(self.kinds & _ATTENTION)
 
     @property
     def is_layer_weight(self) -> bool:
@@ -95,8 +105,8 @@ def _obstacle(module: nn.Module, parameter: Tensor) -> str | None:
         return f"has dtype {parameter.dtype}, not a float of 16 bits or more"
     if not parameter.numel():
         return "holds no elements"
-    if hasattr(parameter, "device_mesh"):
-        return "is sharded (DTensor), which is not supported"
+    if not is_cut_in_rows(parameter):
+        return "is sharded otherwise than in whole rows (FSDP), which is not supported"
     if type(module).__name__ == "ParametrizationList":
         return "is parametrized: call torch.nn.utils.parametrize.remove_parametrizations first"
     if isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict):

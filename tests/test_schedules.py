@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 
-from lightning_qnoise import ConstantRate, CosineRate, LinearRate, StepRate
+from lightning_qnoise import ConstantRate, CosineRate, LinearRate, StepRate, WarmupCosine
 from lightning_qnoise.schedules import RateSchedule, check_rate
 
 SCHEDULES = [
@@ -17,6 +17,7 @@ SCHEDULES = [
     StepRate([0.0, 0.1, 0.5], [0.5, 0.9]),
     StepRate([0.2], []),
 ]
+FACTORS = [WarmupCosine(), WarmupCosine(0.0), WarmupCosine(0.25)]
 each_schedule = pytest.mark.parametrize("schedule", SCHEDULES, ids=repr)
 
 
@@ -40,6 +41,14 @@ each_schedule = pytest.mark.parametrize("schedule", SCHEDULES, ids=repr)
         (StepRate([0.0, 0.1, 0.5], [0.5, 0.9]), 0.9, 0.5),
         (StepRate([0.3, 0.1], [0.0]), 0.0, 0.1),
         (StepRate([0.3, 0.1], [1.0]), 1.0, 0.1),
+        (WarmupCosine(0.1), 0.0, 0.0),
+        (WarmupCosine(0.1), 0.025, 0.25),
+        (WarmupCosine(0.1), 0.1, 1.0),
+        (WarmupCosine(0.1), 0.55, 0.5),
+        (WarmupCosine(0.1), 1.0, 0.0),
+        (WarmupCosine(0.25), 0.5, 0.75),
+        (WarmupCosine(0.0), 0.0, 1.0),
+        (WarmupCosine(0.0), 0.25, 0.5 + math.sqrt(2) / 4),
     ],
 )
 def test_values(schedule, progress, rate):
@@ -52,7 +61,17 @@ def test_rates_stay_in_bounds_also_beyond_the_ends(schedule):
         assert 0 <= schedule(i / 100) <= 1
 
 
-@each_schedule
+@pytest.mark.parametrize("schedule", FACTORS, ids=repr)
+def test_a_factor_rises_to_one_at_the_end_of_the_warmup_and_falls_to_zero(schedule):
+    values = [schedule(i / 100) for i in range(101)]
+    top = round(100 * schedule.warmup)
+    assert values[: top + 1] == sorted(values[: top + 1])
+    assert values[top:] == sorted(values[top:], reverse=True)
+    assert max(values) == values[top] == 1
+    assert min(values) == values[100] == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES + FACTORS, ids=repr)
 def test_schedules_pickle_compare_print_and_cannot_be_changed(schedule):
     twin = pickle.loads(pickle.dumps(schedule))
     assert twin == schedule
@@ -75,6 +94,9 @@ def test_schedules_pickle_compare_print_and_cannot_be_changed(schedule):
         (lambda: LinearRate(begin=0.5, finish=0.5), "expected 0 <= begin < finish <= 1"),
         (lambda: LinearRate(begin=math.nan), "expected 0 <= begin < finish <= 1"),
         (lambda: CosineRate(finish=1.5), "expected 0 <= begin < finish <= 1"),
+        (lambda: WarmupCosine(1.0), r"warmup must lie in \[0, 1\), got 1.0"),
+        (lambda: WarmupCosine(-0.1), r"warmup must lie in \[0, 1\), got -0.1"),
+        (lambda: WarmupCosine(math.nan), r"warmup must lie in \[0, 1\), got nan"),
         (lambda: StepRate([0.1], [0.5]), "one rate more than milestones"),
         (lambda: StepRate([], []), "one rate more than milestones"),
         (lambda: StepRate([0.1, 7.0], [0.5]), r"rate must lie in \[0, 1\], got 7.0"),

@@ -44,7 +44,7 @@ def reestimate(trainer: Trainer, pl_module: LightningModule, n_batches: int) -> 
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
         if trainer.world_size > 1:
-            norm.load_state_dict(trainer.strategy.broadcast(norm.state_dict()))
+            norm.load_state_dict(trainer.strategy.broadcast(dict(norm.named_buffers())), strict=False)
 
 
 @contextmanager

@@ -21,8 +21,10 @@ def validate_again(trainer: Trainer) -> dict[str, float]:
     trainer.callbacks = [callback for callback in callbacks if class_names(callback) & _SHOWN]
     trainer.loggers = [DummyLogger() for _ in loggers]  # a module may well call self.logger.experiment
     trainer.validating = True
+    loop = trainer.fit_loop.epoch_loop.val_loop
+    loop.restarting = False  # else a resumed fit takes the place in the validation data from its checkpoint
     try:
-        outputs = trainer.fit_loop.epoch_loop.val_loop.run()
+        outputs = loop.run()
     finally:
         trainer.callbacks, trainer.loggers = callbacks, loggers
         trainer.training = True

@@ -52,8 +52,9 @@ class Finetune:
     def __post_init__(self) -> None:
         for name in ("epochs", "steps"):
             value = getattr(self, name)
-            numbers = [] if value is None else [value] if isinstance(value, int) else list(value)
-            if any(not isinstance(number, int) or number < 1 for number in numbers):
+            numbers = value if isinstance(value, Sequence) else [value]
+            is_default = name == "steps" and value is None
+            if not is_default and (not numbers or any(not isinstance(n, int) or n < 1 for n in numbers)):
                 raise ValueError(f"{name} must be a number >= 1, or one a stage, got {value!r}")
         if self.lr is not None and not self.lr > 0:
             raise ValueError(f"lr must be positive, got {self.lr}")

@@ -13,16 +13,29 @@ from lightning_qnoise.layers import packed_weights
 from lightning_qnoise.schemes import PackedWeight, Scheme
 
 _WRITE_AT_END = {"StochasticWeightAveraging", "WeightAveraging", "ModelPruning"}
-_SHARDED = {"FSDPStrategy", "XLAFSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy"}
+_ROWS = "ModelParallelStrategy"  # FSDP2 cuts weights between rows
+_SHARDED = {"FSDPStrategy", "XLAFSDPStrategy", "DeepSpeedStrategy", _ROWS}
 
 
-def check_fit(callback: Callback, trainer: Trainer, model: nn.Module) -> None:
-    """Raise a ValueError where a fit with this callback cannot work, naming the remedy."""
+def is_sharded_fit(trainer: Trainer) -> bool:
+    """Whether the ranks of a fit hold different rows of the weights."""
+    return _ROWS in class_names(trainer.strategy)
+
+
+def check_fit(callback: Callback, trainer: Trainer, model: nn.Module, takes_rows: bool = False) -> None:
+    """Raise a ValueError where a fit with this callback cannot work, naming the remedy.
+
+    Args:
+        callback: One of ours.
+        trainer: The trainer.
+        model: Its module.
+        takes_rows: Whether the callback can do with weights that are sharded in rows (FSDP2).
+    """
     name = type(callback).__name__
     twins = [c for c in trainer.callbacks if type(c) is type(callback) and getattr(c, "enabled", True)]
     if len(twins) > 1:
         raise ValueError(f"the trainer has {len(twins)} {name} callbacks; put their policies into one")
-    if class_names(trainer.strategy) & _SHARDED:
+    if class_names(trainer.strategy) & _SHARDED and not (takes_rows and is_sharded_fit(trainer)):
         raise ValueError(
             f"{name} needs whole weights on every device, but {type(trainer.strategy).__name__} shards them; "
             f"use strategy='ddp'"

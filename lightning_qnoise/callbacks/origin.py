@@ -9,6 +9,7 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_qnoise.callbacks.base import LightningModule, Trainer
+from lightning_qnoise.callbacks.fit import is_sharded_fit
 
 
 def folder(trainer: Trainer) -> Path:
@@ -16,9 +17,9 @@ def folder(trainer: Trainer) -> Path:
     return Path(trainer.log_dir or trainer.default_root_dir)
 
 
-def check_best(trainer: Trainer) -> None:
-    """Raise a ValueError unless the trainer has a checkpoint callback that knows a best."""
-    if not any(getattr(callback, "monitor", None) for callback in trainer.checkpoint_callbacks):
+def check_start(trainer: Trainer, start: str) -> None:
+    """Raise a ValueError where the best weights are asked for and no checkpoint callback knows a best."""
+    if start == "best" and not any(getattr(callback, "monitor", None) for callback in trainer.checkpoint_callbacks):
         raise ValueError("Quantize(start='best') needs a ModelCheckpoint with a monitor in the trainer")
 
 
@@ -30,9 +31,17 @@ def load_best(trainer: Trainer, pl_module: LightningModule) -> None:
         rank_zero_warn("Quantize: no best checkpoint has been saved yet; quantization starts from the last weights")
         return
     trainer.strategy.barrier("Quantize.load_best")
-    checkpoint = trainer.strategy.load_checkpoint(path)
+    checkpoint = trainer.strategy.load_checkpoint(path, weights_only=False)  # this fit wrote it
     pl_module.load_state_dict(checkpoint["state_dict"], strict=pl_module.strict_loading)
     rank_zero_info(f"Quantize: starts from the best weights, {path}")
+
+
+def check_teacher(trainer: Trainer, pl_module: LightningModule) -> None:
+    """Raise a ValueError where the float model cannot guide."""
+    if not pl_module.automatic_optimization:
+        raise ValueError("a teacher cannot guide manual optimization: pass Finetune(guidance=None)")
+    if is_sharded_fit(trainer):
+        raise ValueError("a sharded model cannot be copied as a teacher: pass Finetune(guidance=None)")
 
 
 def make_teacher(trainer: Trainer, pl_module: LightningModule) -> tuple[LightningModule, str | None]:

@@ -106,6 +106,7 @@ class QuantNoise(Callback):
             if _shapes(state) == _shapes(target.state_dict()):  # otherwise the checkpoint is of another policy
                 target.load_state_dict(state)
                 self._noises[name].target = target
+        self._restored = {}  # this hook runs again in every finetuning stage
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Cluster the codebooks anew where that is due, and draw the masks of this batch."""
@@ -132,6 +133,11 @@ class QuantNoise(Callback):
         """Leave no noise for forwards that are not of a training batch."""
         for noise in self._noises.values():
             noise.active = False
+
+    @property
+    def is_training_quantized(self) -> bool:
+        """Whether the training ends with every block quantized in every forward (QAT)."""
+        return self.enabled and self.kind == "exact" and self.rate(1.0) >= 1
 
     def finish(self, names: Iterable[str]) -> None:
         """From now on the schedule stands at its end, and the named weights are left alone (they are quantized)."""

@@ -5,54 +5,51 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from lightning_qnoise.callbacks import origin
-from lightning_qnoise.callbacks.again import Limits
 from lightning_qnoise.callbacks.base import Callback, LightningModule, Trainer, class_names
 from lightning_qnoise.callbacks.batch_norm import reestimate
 from lightning_qnoise.callbacks.evaluate import validate_again
 from lightning_qnoise.callbacks.finetune import Finetune
-from lightning_qnoise.callbacks.fit import check_fit, check_later
+from lightning_qnoise.callbacks.fit import check_fit, check_later, is_sharded_fit
+from lightning_qnoise.callbacks.limits import Limits
+from lightning_qnoise.callbacks.optimizers import check_optimizers
 from lightning_qnoise.callbacks.quant_noise import QuantNoise
-from lightning_qnoise.callbacks.record import Record, log_quantized, report, write
-from lightning_qnoise.callbacks.staged import StagedFinetuning, check_optimizers
+from lightning_qnoise.callbacks.record import Record
+from lightning_qnoise.callbacks.report import note, report, write_file
+from lightning_qnoise.callbacks.staged import StagedFinetuning
 from lightning_qnoise.convert import dense_state_dict, dequantize
 from lightning_qnoise.layers import packed_weights
 from lightning_qnoise.policy import Policy, as_mapping, resolve
-from lightning_qnoise.size import size_table
+from lightning_qnoise.schemes import PackedWeight
 from lightning_qnoise.stages import Stages, check_stages, plan_stages
 
 
 class Quantize(Callback):
     """Compress the model at the end of the fit: in one shot, or stage by stage with finetuning (iPQ).
 
-    After the user's own epochs, however they ended, every stage puts its weights on their codebooks and runs the fit
-    loop again: with a fresh optimizer, guided by the float model, seen by loggers, progress bars and checkpoints, and
-    not by early stopping or weight averaging. Then the selected layers are packed in place, `quantized/<metric>` of one
-    more validation run, `size/total_mb` and `size/compression` are logged (after every stage, too) and in
-    `trainer.callback_metrics`, and the packed file is written.
+    After the user's own epochs, however they ended, every stage quantizes its weights and runs the fit loop again: with
+    a fresh optimizer, guided by the float model, seen by loggers, progress bars and checkpoints, and not by early
+    stopping or weight averaging. Then layers are packed in place, the packed file is written, and `size/total_mb`,
+    `size/compression` and `quantized/<metric>` are logged (after every stage, too) and in `trainer.callback_metrics`.
 
-    Lightning checkpoints stay plain: they hold decoded weights under the usual keys, and loading a float checkpoint
-    into the packed model (`trainer.test(ckpt_path="best")`) encodes it. A fit resumes from within a stage and from
-    between two. Where the ranks are spawned (`ddp_spawn`, `ddp_notebook`), the starting process keeps its float model
-    with the decoded weights.
+    Checkpoints stay plain, with decoded weights under the usual keys; the packed model encodes a float one that it
+    loads. A model that is sharded in rows (FSDP2) keeps decoded weights, and only the file is packed.
 
     Args:
         policy: As in `QuantNoise`; None takes the policy of the `QuantNoise` in the same trainer.
         stages: Which weights are quantized when: `"joint"` (all at once), `"transformer"`, `"bottom-up"`, or a list
             with a glob or several for every stage. None is `"joint"` for the policy `"ipq"`, one shot for all others.
         finetune: How the stages are trained.
-        start: Whether quantization starts from the `"last"` weights or from the `"best"` of the trainer's
-            `ModelCheckpoint`, which chooses anew among the checkpoints of each stage.
-        path: The packed file, relative to the logger's folder (or the default root folder). None writes no file.
-            Nothing is written in a `fast_dev_run`.
+        start: Start from the `"last"` weights or from the `"best"` of the trainer's `ModelCheckpoint`, which then
+            chooses anew within each stage.
+        path: The packed file, relative to the logger's folder (or the default root folder); None writes none.
         evaluate: Whether to run validation on the model before, between and after the stages.
-        batch_norm: Training batches from which BatchNorm statistics are estimated anew after packing; 0 keeps those of
-            the float model, which do not fit the packed weights.
+        batch_norm: Training batches from which BatchNorm statistics are estimated anew, after packing and before the
+            float model becomes a teacher; 0 keeps those of the training, which fit neither after noise.
         enabled: False makes the callback do nothing.
 
     Raises:
-        ValueError: At the start of a fit: no policy, one that does not fit the model, stages that do not fit the
-            policy, a sharded strategy, or a callback listed later that overwrites the weights at the end. In its first
-            step: a teacher that cannot guide. At its end: NaN or Inf in a weight.
+        ValueError: At the start of a fit: no policy, one that does not fit the model, stages that do not fit it, or a
+            later callback that overwrites weights. In the first step: a teacher that cannot guide. At the end: NaN.
 
     Example:
         >>> Quantize("ipq", stages=["*fc*", "*"], finetune=Finetune(steps=100)).stages
@@ -90,24 +87,24 @@ class Quantize(Callback):
         self._work: StagedFinetuning | None = None  # what the end of the fit is to do
         self._record = Record()
         self._restored: dict[str, Any] = {}
+        self._left: dict[str, Any] = {"stage": 0}  # the state when there is no more work
         self._at_end = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Find the policy and refuse what cannot work."""
         if stage != "fit" or not self.enabled:
             return
-        self._restored, self._record, self._at_end = {}, Record(), False
+        self._restored, self._record, self._at_end, self._left = {}, Record(), False, {"stage": 0}
         if self.find_policy(trainer) is None:
             return
-        check_fit(self, trainer, pl_module)
+        check_fit(self, trainer, pl_module, takes_rows=True)
         check_later(self, trainer)
-        if self.start == "best":
-            origin.check_best(trainer)
-        if self.find_stages(trainer) and self.finetune.guidance and not pl_module.automatic_optimization:
-            raise ValueError("a teacher cannot guide manual optimization: pass Finetune(guidance=None)")
+        origin.check_start(trainer, self.start)
+        if self.find_stages(trainer) and self.finetune.guidance:
+            origin.check_teacher(trainer, pl_module)
 
     def find_policy(self, trainer: Trainer) -> Policy | None:
-        """Return the own policy or that of the trainer's `QuantNoise` (None where that is switched off by None)."""
+        """Return the own policy or that of the trainer's `QuantNoise` (None: it is switched off)."""
         if self.policy is not None:
             return self.policy
         noise = next((callback for callback in trainer.callbacks if isinstance(callback, QuantNoise)), None)
@@ -118,16 +115,17 @@ class Quantize(Callback):
     def find_stages(self, trainer: Trainer) -> Stages | None:
         """Return the own stages, or those that the policy implies: `"joint"` where it says `"ipq"`, else None."""
         policy = self.find_policy(trainer)
-        if self.stages is not None or policy is None:
-            return self.stages
-        return "joint" if "ipq" in as_mapping(policy).values() else None
+        implied = "joint" if policy is not None and "ipq" in as_mapping(policy).values() else None
+        return implied if self.stages is None else self.stages
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Find out where a fit resumes: before, within or at the end of a stage."""
+        """Find out where a fit resumes."""
         if trainer.state.fn != "fit" or not self.enabled or not self.find_stages(trainer):
             return
         state = checkpoint.get("callbacks", {}).get(self.state_key, {})
         self._at_end = Limits.of(trainer, state).reached_in(checkpoint)
+        if is_sharded_fit(trainer) and (self._at_end or state.get("stage")):
+            raise ValueError("a sharded fit cannot resume in its stages; take a checkpoint of the training before")
         if self._at_end:
             checkpoint["optimizer_states"] = checkpoint["lr_schedulers"] = []  # the next stage has its own
 
@@ -142,21 +140,22 @@ class Quantize(Callback):
         self._work = StagedFinetuning(schemes, plan, self.finetune)
         if self.finetune.optimizer is None and plan:
             check_optimizers(trainer.optimizers, self.finetune.reassign)
-        if self._restored.get("stage"):
+        if plan and self._restored.get("stage"):
             self._work.go_on(trainer, pl_module, self._restored, self._at_end)
         elif not self._restored:
             self._at_end = Limits.of(trainer).reached(0, 0)  # max_epochs=0: all there is to do is to quantize
-        if self._at_end and not self._work.are_over:
+        if self._at_end and plan:
             self._work.expect(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin a stage where the fit resumes between two, and take its weights from the noise."""
         if self._work is None or not self._work.plan:
             return
-        if self._at_end:
-            self._at_end = False
+        if self._at_end and not self._work.are_over:
             self._prepare(trainer, pl_module)
+        if self._at_end:
             self._work.begin_resumed(trainer, pl_module)
+        self._at_end = False
         self._work.start_run(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -191,25 +190,24 @@ class Quantize(Callback):
             self._note(trainer, pl_module)
         elif self.start == "best":
             origin.load_best(trainer, pl_module)
-        self._work.finish(trainer, pl_module)
-        self._work = None
+        encoded = self._finish(trainer, pl_module)
         reestimate(trainer, pl_module, self.batch_norm)
-        report(trainer, pl_module, self._record, validate_again(trainer) if self.evaluate else {})
-        write(trainer, pl_module, self.path)
+        report(trainer, pl_module, self._record, encoded, validate_again(trainer) if self.evaluate else {})
+        write_file(trainer, pl_module, self.path, encoded)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Finalize a fit that had nothing left to train (a resumed, finished one)."""
         if self._work is not None:
-            self._work.finish(trainer, pl_module)
-            self._work = None
-            report(trainer, pl_module, self._record, {})
-            write(trainer, pl_module, self.path)
+            encoded = self._finish(trainer, pl_module)
+            report(trainer, pl_module, self._record, encoded, {})
+            write_file(trainer, pl_module, self.path, encoded)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave a plain model: float, or with quantized values in plain Parameters."""
+        """Leave a plain model, with float or quantized values."""
         if self._work is not None:
+            self._left = self.state_dict()
             self._work.stop(trainer)
-        self._work = None
+            self._work = None
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Hand decoded weights back to the process that spawned this one, whose model is still the float one."""
@@ -224,7 +222,7 @@ class Quantize(Callback):
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed fit needs to go on bit-equally: the stage, and what is held in it."""
         if self._work is None or not self._work.current:
-            return {"stage": 0}
+            return self._left
         return {**self._work.state_dict(), "record": self._record.rows}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -232,19 +230,21 @@ class Quantize(Callback):
         self._restored = state_dict
         self._record = Record(list(state_dict.get("record", [])))
 
+    def _finish(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, PackedWeight]:
+        assert self._work is not None
+        encoded = self._work.finish(trainer, pl_module)
+        self._work, self._left = None, self.state_dict()
+        return encoded
+
     def _prepare(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """What comes before a stage: the best weights before the first, a row of the record before each."""
         assert self._work is not None
         if not self._work.current and self.start == "best":
             origin.load_best(trainer, pl_module)
+        if not self._work.current and self.finetune.guidance:
+            reestimate(trainer, pl_module, self.batch_norm)  # noise leaves statistics that spoil the teacher
         self._note(trainer, pl_module)
 
     def _note(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Record what the model is between two stages, and log it after each."""
-        assert self._work is not None
-        table = size_table(pl_module, self._work.quantized() or None)
+        assert self._work
         metrics = validate_again(trainer) if self.evaluate else {}
-        stage = self._work.current
-        self._record.add(f"stage {stage}" if stage else "float", table, metrics)
-        if stage:
-            log_quantized(trainer, table, metrics)
+        note(trainer, pl_module, self._record, self._work.current, self._work.quantized(), metrics)

@@ -5,30 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from lightning_utilities.core.rank_zero import rank_zero_info
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 
 from lightning_qnoise.callbacks import origin
-from lightning_qnoise.callbacks.again import (
-    Limits,
-    add_codebooks,
-    forget_best,
-    n_steps,
-    run_again,
-    set_optimizers,
-    set_schedule,
-    start_new_epoch,
-    without_users_epochs,
-)
+from lightning_qnoise.callbacks.again import UsersEpochs, forget_best, run_again, start_new_epoch
 from lightning_qnoise.callbacks.base import LightningModule, Trainer, class_names
 from lightning_qnoise.callbacks.dropout import NoDropout
 from lightning_qnoise.callbacks.finetune import Finetune
-from lightning_qnoise.callbacks.fit import from_rank_zero
+from lightning_qnoise.callbacks.fit import from_rank_zero, is_sharded_fit
+from lightning_qnoise.callbacks.limits import Limits, n_steps
+from lightning_qnoise.callbacks.optimizers import add_codebooks, check_optimizers, set_optimizers, set_schedule
 from lightning_qnoise.callbacks.quant_noise import QuantNoise
-from lightning_qnoise.convert import encode, pack
+from lightning_qnoise.convert import encode_weights, pack
 from lightning_qnoise.distill import Guide, Rehearsal
 from lightning_qnoise.held import HeldWeights
-from lightning_qnoise.schemes import Scheme
+from lightning_qnoise.schemes import PackedWeight, Scheme
+from lightning_qnoise.sharding import local, local_rows, whole
 from lightning_qnoise.weights import owners
 
 
@@ -55,10 +48,11 @@ class StagedFinetuning:
         self._limits = Limits(-1, -1)
         self._n_steps = 0
         self._is_told = True
+        self._guidance = finetune.guidance
         self._guide: Guide | None = None
         self._teacher_file: str | None = None
         self._no_dropout: NoDropout | None = None
-        self._left: tuple[Limits, list[Any]] | None = None
+        self._left: UsersEpochs | None = None
 
     @property
     def are_over(self) -> bool:
@@ -81,7 +75,10 @@ class StagedFinetuning:
         Limits(-1, -1).apply(trainer)
 
     def begin_resumed(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin the next stage in the run that was made possible by `expect`."""
+        """Begin the next stage in the run that was made possible by `expect`, or end it where there is none."""
+        if self.are_over:
+            self._limits.apply(trainer)
+            return
         start_new_epoch(trainer)
         self.begin(trainer, pl_module)
 
@@ -110,27 +107,35 @@ class StagedFinetuning:
             pl_module: Its module, with the weights of the checkpoint.
             state: The state.
             at_end: Whether the stage had come to its end.
+
+        Raises:
+            ValueError: The checkpoint is of other stages.
         """
-        self._leave_users_epochs(trainer)
         self.current, self._n_steps = state["stage"], state["n_steps"]
+        if self.current > len(self.plan) or not state["held"].keys() <= self.quantized().keys():
+            raise ValueError(f"the checkpoint was saved in stage {self.current} of other stages: resume it with those")
+        self._leave_users_epochs(trainer)
         self._limits = Limits(*state["limits"])
         self._teacher_file = state["teacher"]
         for name, parameter in _parameters(pl_module, state["held"]).items():
             empty = self.schemes[name].empty(parameter.shape, parameter.dtype, parameter.device)
             self.held.restore(name, parameter, empty, state["held"][name])
-        if self.finetune.guidance and not (at_end and self.are_over):
-            teacher = origin.restore_teacher(pl_module, self._teacher_file)
-            self._guide = Guide(pl_module, teacher, self.finetune.guidance)
+        self._guidance = self.finetune.guidance if state["is_guided"] else None
+        if self._guidance and not (at_end and self.are_over):
+            self._guide = Guide(pl_module, origin.restore_teacher(pl_module, self._teacher_file), self._guidance)
         self._make_ready(trainer, pl_module)
 
     def start_run(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called when a run of the fit loop starts: noise goes on in the weights that are not quantized yet."""
         self._is_told = not self.current
-        if not self.current and self.finetune.guidance:
-            self._guide = Rehearsal(pl_module, self.finetune.guidance)
-        for callback in trainer.callbacks:
-            if self.current and isinstance(callback, QuantNoise):
-                callback.finish(self.quantized())
+        noises = [callback for callback in trainer.callbacks if isinstance(callback, QuantNoise)]
+        if not self.current and any(noise.is_training_quantized for noise in noises):
+            self._guidance = None
+            rank_zero_info("Quantize: noise at rate 1 leaves no float model, so that none will guide the finetuning")
+        if not self.current and self._guidance:
+            self._guide = Rehearsal(pl_module, self._guidance)
+        for noise in noises if self.current else []:
+            noise.finish(self.quantized())
 
     def tell(self, pl_module: LightningModule) -> None:
         """Show the stage in logs and progress bar, once a run: the trainer keeps it."""
@@ -138,17 +143,29 @@ class StagedFinetuning:
             pl_module.log("quantize/stage", float(self.current), prog_bar=True)
             self._is_told = True
 
-    def finish(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Exchange the weights of the whole policy for packed ones, the same on every rank."""
+    def finish(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, PackedWeight]:
+        """Exchange the weights of the whole policy for packed ones, the same on every rank.
+
+        Returns:
+            Nothing; of a sharded module, whose weights stay Parameters and only take the decoded values, the encodings.
+        """
+        if not self.are_over:
+            rank_zero_warn("Quantize: the fit ended before its first step, so the stages were not finetuned")
         rest = {name: scheme for name, scheme in self.schemes.items() if name not in self.held}
         weights = _parameters(pl_module, self.schemes)
         like = {name: (self.schemes[name], weight) for name, weight in weights.items()}
-        packed = from_rank_zero(trainer, lambda: self.held.pack() | encode(pl_module, rest), like)
+        held, others = self.held.pack(), {name: whole(weights[name].detach()) for name in rest}
+        packed = from_rank_zero(trainer, lambda: held | encode_weights(others, rest), like)
         self.stop(trainer)
+        if is_sharded_fit(trainer):
+            for name, weight in weights.items():
+                local(weight).detach().copy_(local_rows(packed[name].decode(), weight))
+            return packed
         pack(pl_module, packed)
         for callback in trainer.callbacks:
             if "WeightAveraging" in class_names(callback):
                 callback._average_model = None  # else it swaps its float weights for the packed ones in validation
+        return {}
 
     def stop(self, trainer: Trainer) -> None:
         """Let go of weights, teacher and trainer; the Parameters keep their quantized values."""
@@ -156,8 +173,7 @@ class StagedFinetuning:
         self.held = HeldWeights(self.finetune.reassign)
         self._dismiss()
         if self._left is not None:
-            limits, trainer.callbacks = self._left
-            limits.apply(trainer)
+            self._left.come_back(trainer)
             self._left = None
             if self._no_dropout is not None:
                 self._no_dropout.undo()
@@ -168,15 +184,16 @@ class StagedFinetuning:
             "stage": self.current,
             "limits": [self._limits.epoch, self._limits.step],
             "n_steps": self._n_steps,
+            "is_guided": self._guidance is not None,
             "teacher": self._teacher_file,
             "held": self.held.state_dict(),
         }
 
     def _find_teacher(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._dismiss()
-        if self.finetune.guidance:
+        if self._guidance:
             teacher, self._teacher_file = origin.make_teacher(trainer, pl_module)
-            self._guide = Guide(pl_module, teacher, self.finetune.guidance)
+            self._guide = Guide(pl_module, teacher, self._guidance)
 
     def _dismiss(self) -> None:
         if self._guide is not None:
@@ -185,14 +202,14 @@ class StagedFinetuning:
 
     def _leave_users_epochs(self, trainer: Trainer) -> None:
         if self._left is None:
-            self._left = Limits.of(trainer), trainer.callbacks
+            self._left = UsersEpochs(trainer)
             self._no_dropout = None if self.finetune.dropout else NoDropout(trainer.lightning_module)
-            trainer.callbacks = without_users_epochs(trainer.callbacks)
 
     def _quantize(self, trainer: Trainer, pl_module: LightningModule, schemes: Mapping[str, Scheme]) -> None:
         weights = _parameters(pl_module, schemes)
         like = {name: (schemes[name], weight) for name, weight in weights.items()}
-        packed = from_rank_zero(trainer, lambda: encode(pl_module, schemes), like)
+        values = {name: whole(weight.detach()) for name, weight in weights.items()}
+        packed = from_rank_zero(trainer, lambda: encode_weights(values, schemes), like)
         for name, weight in weights.items():
             self.held.add(name, weight, packed[name])
 
@@ -211,13 +228,6 @@ class StagedFinetuning:
             set_schedule(trainer, factor)
         for optimizer in trainer.strategy.optimizers:
             optimizer.register_step_post_hook(lambda *_: self.held.after_step())
-
-
-def check_optimizers(optimizers: Iterable[Any], reassign: bool) -> None:
-    """Raise a ValueError for an optimizer that cannot move latent weights."""
-    for optimizer in optimizers:
-        if reassign and type(optimizer).__name__ == "LBFGS":
-            raise ValueError("LBFGS evaluates the model several times a step; pass Finetune(reassign=False)")
 
 
 def _parameters(pl_module: LightningModule, names: Iterable[str]) -> dict[str, nn.Parameter]:

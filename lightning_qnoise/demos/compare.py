@@ -14,30 +14,31 @@ import pytorch_lightning as pl
 from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader
 
-from lightning_qnoise import Quantize, QuantNoise, quantize, save
+from lightning_qnoise import Finetune, Quantize, QuantNoise, quantize, save
 from lightning_qnoise.demos.digits import DigitsClassifier, DigitsData
 from lightning_qnoise.demos.lm import TransformerLM
 from lightning_qnoise.demos.text import ReferenceText
 
 FLOAT, POST, QAT, NOISE = "float", "post-training", "QAT", "Quant-Noise"
-RATES = {"int8": 0.5, "int4": 0.5, "pq": 0.1}  # Fan et al.: 0.5 for integers, 0.05 to 0.2 for PQ
+RATES = {"int8": 0.5, "int4": 0.5, "pq": 0.1, "ipq": 0.1}  # Fan et al.: 0.5 for integers, 0.05 to 0.2 for PQ
 
 
 @dataclass(frozen=True)
 class Task:
-    """A model, its data, how long it trains, and the test metric that counts."""
+    """A model, its data, how long it trains and is finetuned (iPQ only), and the test metric that counts."""
 
     name: str
     model: Callable[[], pl.LightningModule]
     data: Callable[[], pl.LightningDataModule]
     epochs: int
+    finetune_epochs: int
     metric: str
     title: str
 
 
 TASKS = {
-    "digits": Task("digits", DigitsClassifier, DigitsData, 14, "test_accuracy", "accuracy"),
-    "text": Task("text", TransformerLM, ReferenceText, 2, "test_perplexity", "perplexity"),
+    "digits": Task("digits", DigitsClassifier, DigitsData, 14, 4, "test_accuracy", "accuracy"),
+    "text": Task("text", TransformerLM, ReferenceText, 2, 1, "test_perplexity", "perplexity"),
 }
 
 
@@ -60,7 +61,7 @@ CELLS = [Cell(FLOAT, FLOAT)] + [
     for scheme, rate in RATES.items()
     for cell in (Cell(scheme, POST), Cell(scheme, QAT, 1.0), Cell(scheme, NOISE, rate))
 ]
-N_FITS = sum(cell.method != POST for cell in CELLS)
+N_FITS = sum(cell.method != POST or cell.scheme == "ipq" for cell in CELLS)
 
 
 def quiet() -> None:
@@ -92,21 +93,30 @@ def run(
         tick: Called with the fraction of a fit that has just been done, `N_FITS` in sum.
     """
     quiet()
-    float_model: pl.LightningModule | None = None
+    pl.seed_everything(0, verbose=False)
+    trained = task.model()
     for cell in CELLS:
         start = time.perf_counter()
-        if cell.method == POST:
-            assert float_model is not None
-            packed = quantize(copy.deepcopy(float_model), cell.scheme)
-            update_bn(_train_loader(task), packed)
-            save(packed, folder / cell.file)
-        elif cell.rate is None:
-            float_model = fit(task, [Ticks(tick)])
-            save(float_model, folder / cell.file)
-        else:
+        path = folder / cell.file
+        if cell.scheme == FLOAT:
+            fit(task, trained, [Ticks(tick)])
+            save(trained, path)
+        elif cell.rate is not None:
+            pl.seed_everything(0, verbose=False)
             noise = QuantNoise(cell.scheme, rate=cell.rate)
-            fit(task, [Ticks(tick), noise, Quantize(path=str((folder / cell.file).resolve()), evaluate=False)])
+            fit(task, task.model(), [Ticks(tick), noise, _quantize(task, cell, path)])
+        elif cell.scheme == "ipq":
+            fit(task, copy.deepcopy(trained), [Ticks(tick), _quantize(task, cell, path)], epochs=0)
+        else:
+            packed = quantize(copy.deepcopy(trained), cell.scheme)
+            update_bn(_train_loader(task), packed)
+            save(packed, path)
         yield cell, time.perf_counter() - start
+
+
+def _quantize(task: Task, cell: Cell, path: Path) -> Quantize:
+    settings = Finetune(epochs=task.finetune_epochs)
+    return Quantize(cell.scheme, finetune=settings, path=str(path.resolve()), evaluate=False)
 
 
 def _train_loader(task: Task) -> DataLoader:
@@ -115,13 +125,11 @@ def _train_loader(task: Task) -> DataLoader:
     return data.train_dataloader()
 
 
-def fit(task: Task, callbacks: list[pl.Callback]) -> pl.LightningModule:
-    """Train a new model of a task, always from the same seed, and return it."""
-    pl.seed_everything(0, verbose=False)
-    model = task.model()
+def fit(task: Task, model: pl.LightningModule, callbacks: list[pl.Callback], epochs: int | None = None) -> None:
+    """Train a model of a task, for the task's epochs unless told otherwise."""
     trainer = pl.Trainer(
         accelerator="cpu",
-        max_epochs=task.epochs,
+        max_epochs=task.epochs if epochs is None else epochs,
         callbacks=callbacks,
         limit_val_batches=0,
         logger=False,
@@ -130,4 +138,3 @@ def fit(task: Task, callbacks: list[pl.Callback]) -> pl.LightningModule:
         enable_model_summary=False,
     )
     trainer.fit(model, datamodule=task.data())
-    return model

@@ -1,4 +1,4 @@
-"""Two real models, three schemes, three methods: a table, a CSV and a picture of size against quality."""
+"""Two real models, four schemes, three methods: a table, a CSV and a picture of size against quality."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from lightning_qnoise.demos.compare import FLOAT, TASKS
 
-_COLORS = {FLOAT: "black", "int8": "tab:blue", "int4": "tab:green", "pq": "tab:red"}
+_COLORS = {FLOAT: "black", "int8": "tab:blue", "int4": "tab:green", "pq": "tab:orange", "ipq": "tab:red"}
 _MARKERS = {FLOAT: "*", "post-training": "x", "QAT": "s", "Quant-Noise": "o"}
 
 

@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from fits import PQS, Net, net
 
 from lightning_qnoise import Quantize, QuantNoise
-from lightning_qnoise.callbacks import record
+from lightning_qnoise.callbacks import report
 
 
 class Spy(Callback):
@@ -18,8 +18,8 @@ class Spy(Callback):
 
     def setup(self, trainer, pl_module, stage):
         self.seen = {"masks": [], "codebooks": [], "saves": 0}
-        self.save = record.save
-        record.save = self.count
+        self.save = report.write
+        report.write = self.count
 
     def count(self, *args):
         self.seen["saves"] += 1
