@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_qnoise import QuantNoise
-from lightning_qnoise.demos import TransformerLM
+from lightning_qnoise.demos import ReferenceText, TransformerLM
 
 BATCH = 32
 NOISES = {
@@ -128,17 +128,27 @@ def time_refresh(model: str) -> float:
     return time.perf_counter() - start
 
 
+def epoch_share(refresh: float, step: float) -> float:
+    """Return the seconds of a refresh over those of an epoch of the shipped text at this batch size."""
+    data = ReferenceText(batch_size=BATCH)
+    data.setup("fit")
+    return refresh / (step * len(data.train_dataloader()))
+
+
 def measure(model: str, noise: str, rounds: int, steps: int) -> dict[str, object]:
     """Return one row: median step times and the median over rounds of their ratio."""
     pairs = [(time_fit(model, [], steps), time_fit(model, [NOISES[noise]()], steps)) for _ in range(rounds)]
+    refresh = time_refresh(model) if noise == "PQ exact" else None
+    plain = statistics.median(a for a, _ in pairs)
     return {
         "model": model,
         "noise": noise,
         "batch": BATCH,
-        "plain_ms": round(1e3 * statistics.median(a for a, _ in pairs), 2),
+        "plain_ms": round(1e3 * plain, 2),
         "noisy_ms": round(1e3 * statistics.median(b for _, b in pairs), 2),
         "ratio": round(statistics.median(b / a for a, b in pairs), 3),
-        "refresh_ms": round(1e3 * time_refresh(model), 1) if noise == "PQ exact" else "",
+        "refresh_ms": round(1e3 * refresh, 1) if refresh else "",
+        "refresh_per_epoch": round(epoch_share(refresh, plain), 4) if refresh and model == "shipped LM" else "",
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "machine": platform.machine(),
@@ -161,6 +171,9 @@ def main() -> None:
             rows.append(measure(model, noise, arguments.rounds, arguments.steps))
             print("  ".join(f"{key}={value}" for key, value in rows[-1].items()), flush=True)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    if arguments.out.exists():  # the models that were not measured now keep their rows
+        with open(arguments.out, newline="") as file:
+            rows += [row for row in csv.DictReader(file) if row["model"] not in arguments.models]
     with open(arguments.out, "w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()

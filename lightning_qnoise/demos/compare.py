@@ -31,14 +31,14 @@ class Task:
     model: Callable[[], pl.LightningModule]
     data: Callable[[], pl.LightningDataModule]
     epochs: int
-    finetune_epochs: int
+    finetune: Finetune
     metric: str
     title: str
 
 
 TASKS = {
-    "digits": Task("digits", DigitsClassifier, DigitsData, 14, 4, "test_accuracy", "accuracy"),
-    "text": Task("text", TransformerLM, ReferenceText, 2, 1, "test_perplexity", "perplexity"),
+    "digits": Task("digits", DigitsClassifier, DigitsData, 14, Finetune(4, lr=3e-3), "test_accuracy", "accuracy"),
+    "text": Task("text", TransformerLM, ReferenceText, 2, Finetune(1), "test_perplexity", "perplexity"),
 }
 
 
@@ -115,8 +115,7 @@ def run(
 
 
 def _quantize(task: Task, cell: Cell, path: Path) -> Quantize:
-    settings = Finetune(epochs=task.finetune_epochs)
-    return Quantize(cell.scheme, finetune=settings, path=str(path.resolve()), evaluate=False)
+    return Quantize(cell.scheme, finetune=task.finetune, path=str(path.resolve()), evaluate=False)
 
 
 def _train_loader(task: Task) -> DataLoader:
