@@ -39,6 +39,7 @@ def draw(groups: dict[tuple[str, str], list[dict[str, str]]], path: Path) -> Non
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import NullFormatter
 
     tasks = list(dict.fromkeys(task for task, _ in groups))
     figure, axes = plt.subplots(1, len(tasks), figsize=(6 * len(tasks), 4.5), squeeze=False)
@@ -53,6 +54,7 @@ def draw(groups: dict[tuple[str, str], list[dict[str, str]]], path: Path) -> Non
             if reference:
                 axis.plot(size, reference, "o", mfc="none", color=colour)
         axis.set(xscale="log", xlabel="kilobytes", title=task, ylabel="top-1 %" if task == "image" else "perplexity")
+        axis.xaxis.set_minor_formatter(NullFormatter())
         if task == "text":
             axis.set_yscale("log")
     for label, colour, fill in (
