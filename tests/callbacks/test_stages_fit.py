@@ -687,3 +687,12 @@ def test_a_stop_within_a_stage_ends_that_stage():
     stop.on_train_batch_end = end
     fit(net(), [watch, stop, quantize(TWO)])
     assert [watch.stages.count(stage) for stage in (1, 2)] == [4, 8]
+
+
+@pytest.mark.parametrize("rate, same", [(1.0, True), (0.5, False)])
+def test_noise_at_rate_one_leaves_no_teacher(rate, same):
+    models = []
+    for finetune in (Finetune(steps=4), Finetune(steps=4, guidance=None)):
+        models.append(net())
+        fit(models[-1], [QuantNoise(PQS, rate=rate), Quantize(stages="joint", finetune=finetune, path=None)])
+    assert equal(*models) is same
