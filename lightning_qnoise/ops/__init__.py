@@ -1,0 +1,5 @@
+"""Arithmetic on quantized values; needs nothing but torch."""
+
+from lightning_qnoise.ops.int8 import Int8Weight, has_int8, int8_linear, prepare_int8
+
+__all__ = ["Int8Weight", "has_int8", "int8_linear", "prepare_int8"]
