@@ -14,19 +14,27 @@ from typing import Any
 import torch
 from torch import nn
 
+from lightning_qnoise.input_noise import InputNoise
+from lightning_qnoise.layers import quantizes_input
 from lightning_qnoise.layers.swap import blank, plain_state, readers, retype, stored
 from lightning_qnoise.noise import Kind, WeightNoise
 from lightning_qnoise.schemes import Scheme
 from lightning_qnoise.weights import owners
 
-_NOISES, _OPENS = "_quant_noises", "_quant_noise_opens"
+_NOISES, _OPENS, _INPUT = "_quant_noises", "_quant_noise_opens", "_quant_input_noise"
 
 
 class NoisyLayer(nn.Module):
     """Mixin of a layer, or of the holder of a layer, whose forward opens the window of its noises."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the layer's own forward."""
+        """Run the layer's own forward, on the noisy input where there is such noise."""
+        noise = self.__dict__[_INPUT]
+        if noise is not None and noise.active and (self.training or noise.in_eval):
+            if args:
+                args = (noise.apply(args[0], self.training), *args[1:])
+            else:
+                kwargs = {**kwargs, "input": noise.apply(kwargs["input"], self.training)}
         opens = self.__dict__[_OPENS]
         for noise in opens:
             noise.window += 1
@@ -39,7 +47,7 @@ class NoisyLayer(nn.Module):
                     noise.read.clear()
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
-        return blank, (type(self).__bases__[1],), plain_state(self, _NOISES, _OPENS)
+        return blank, (type(self).__bases__[1],), plain_state(self, _NOISES, _OPENS, _INPUT)
 
 
 def attach(model: nn.Module, schemes: Mapping[str, Scheme], kind: Kind = "exact") -> dict[str, WeightNoise]:
@@ -70,6 +78,22 @@ def attach(model: nn.Module, schemes: Mapping[str, Scheme], kind: Kind = "exact"
     return noises
 
 
+def attach_inputs(model: nn.Module, noises: Mapping[str, InputNoise]) -> None:
+    """Let what enters the layers of the named weights be noised, in place; one noise a layer, the newest.
+
+    Args:
+        model: The model.
+        noises: Full parameter name -> the noise of its layers' inputs.
+    """
+    parameters = {name: parameter for name, _, _, parameter in owners(model)}
+    of_parameter = {id(parameters[name]): noise for name, noise in noises.items()}
+    for _, module, attribute, parameter in owners(model):
+        if id(parameter) in of_parameter and quantizes_input(module, attribute):
+            if not isinstance(module, NoisyLayer):
+                _swap(module, {}, ())
+            module.__dict__[_INPUT] = of_parameter[id(parameter)]
+
+
 def _holder(modules: Mapping[str, nn.Module], layer: str) -> nn.Module:
     """The nearest module above a layer that has a forward: containers such as ModuleDict are passed over."""
     holder = layer.rpartition(".")[0]
@@ -82,14 +106,14 @@ def detach(model: nn.Module) -> None:
     """Give every module of a model its own class back, in place."""
     for module in model.modules():
         if isinstance(module, NoisyLayer):
-            del module.__dict__[_NOISES], module.__dict__[_OPENS]
+            del module.__dict__[_NOISES], module.__dict__[_OPENS], module.__dict__[_INPUT]
             retype(module, type(module).__bases__[1])
 
 
 def _swap(module: nn.Module, noises: dict[str, WeightNoise], opens: Iterable[WeightNoise]) -> None:
     base = type(module)
     namespace = {"__module__": base.__module__, "__doc__": base.__doc__, **readers(base, noises, _read)}
-    module.__dict__[_NOISES], module.__dict__[_OPENS] = noises, tuple(opens)
+    module.__dict__.update({_NOISES: noises, _OPENS: tuple(opens), _INPUT: None})
     retype(module, type(f"Noisy{base.__name__}", (NoisyLayer, base), namespace))
 
 

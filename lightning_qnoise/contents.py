@@ -63,8 +63,11 @@ class Contents:
 
 def weight_name(name: str, packed: Container[str]) -> str:
     """Return the name of the packed weight that a stored tensor belongs to, or the tensor's own."""
-    owner = name.rpartition(".")[0]
-    return owner if owner in packed else name
+    owner = name
+    while owner := owner.rpartition(".")[0]:
+        if owner in packed:
+            return owner
+    return name
 
 
 def write(path: str | os.PathLike[str], contents: Contents) -> int:

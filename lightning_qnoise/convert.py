@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from lightning_qnoise.attach import detach
-from lightning_qnoise.layers import PackedLayer, pack_layer, packed_names, packed_weights, unpack_layer
+from lightning_qnoise.calibrate import calibrate, input_moments
+from lightning_qnoise.contents import weight_name
+from lightning_qnoise.layers import PackedLayer, pack_layer, packed_names, packed_weights, quantizes_input, unpack_layer
 from lightning_qnoise.policy import Policy, resolve
 from lightning_qnoise.schemes import PackedWeight, Scheme
 from lightning_qnoise.sharding import is_sharded
@@ -18,7 +20,7 @@ from lightning_qnoise.weights import owners
 _Model = TypeVar("_Model", bound=nn.Module)
 
 
-def quantize(model: _Model, policy: Policy) -> _Model:
+def quantize(model: _Model, policy: Policy, loader: Iterable[Any] | None = None, batches: int = 8) -> _Model:
     """Compress the weights that a policy selects, in place, and return the model.
 
     Tied weights are encoded once and stay tied. Nothing is changed if anything raises.
@@ -26,35 +28,44 @@ def quantize(model: _Model, policy: Policy) -> _Model:
     Args:
         model: Any module; already packed layers are left as they are.
         policy: See `lightning_qnoise.policy.resolve`.
+        loader: Data for schemes that need it: `calibrate` follows for static activations (without a loader it is
+            yours to call), and `rounding="gptq"` reads the layers' inputs. See `calibrate`.
+        batches: Most batches of it to look at.
 
     Raises:
-        ValueError: The policy does not fit the model, or a selected weight holds NaN or Inf.
+        ValueError: The policy does not fit the model, a selected weight holds NaN or Inf, or data are missing.
 
     Example:
         >>> model = quantize(nn.Sequential(nn.Linear(64, 64)), "int4")
         >>> model[0].weight.shape, type(model[0]).__name__
         (torch.Size([64, 64]), 'PackedLinear')
     """
-    return pack(model, encode(model, resolve(model, policy)))
+    schemes = resolve(model, policy)
+    moments = input_moments(model, schemes, loader, batches)
+    weights = {name: parameter.detach() for name, _, _, parameter in owners(model) if name in schemes}
+    pack(model, encode_weights(weights, schemes, moments))
+    return model if loader is None else calibrate(model, loader, batches)
 
 
-def encode(model: nn.Module, schemes: Mapping[str, Scheme]) -> dict[str, PackedWeight]:
-    """Encode the named weights of a model and return them; the model is not changed.
+def encode_weights(
+    weights: Mapping[str, Tensor], schemes: Mapping[str, Scheme], moments: Mapping[str, Tensor] | None = None
+) -> dict[str, PackedWeight]:
+    """Encode weights, each by the scheme of its name, and return them.
+
+    Args:
+        weights: Name -> weight.
+        schemes: Name -> scheme, of some of them.
+        moments: Name -> second moment of its layer's inputs, see `Scheme.encode`.
 
     Raises:
         ValueError: A weight holds NaN or Inf, or its scheme cannot take it.
     """
-    return encode_weights({n: p.detach() for n, _, _, p in owners(model) if n in schemes}, schemes)
-
-
-def encode_weights(weights: Mapping[str, Tensor], schemes: Mapping[str, Scheme]) -> dict[str, PackedWeight]:
-    """Encode weights, each by the scheme of its name. Errors are those of `encode`."""
     for name in schemes:
         check_finite(name, weights[name])
     packed = {}
     for name, scheme in schemes.items():
         try:
-            packed[name] = scheme.encode(weights[name])
+            packed[name] = scheme.encode(weights[name], moment=(moments or {}).get(name))
         except ValueError as error:
             raise ValueError(f"layer {name!r}: {error}") from error
     return packed
@@ -68,6 +79,11 @@ def pack(model: _Model, packed: Mapping[str, PackedWeight]) -> _Model:
         raise ValueError("the model is sharded over ranks (DTensor), so that no rank can pack it; gather it first")
     parameters = {name: parameter for name, _, _, parameter in entries}
     of_parameter = {id(parameters[name]): weight for name, weight in packed.items()}
+    for name, module, attribute, parameter in entries:
+        scheme = of_parameter[id(parameter)].scheme if id(parameter) in of_parameter else None
+        is_table = isinstance(module, nn.Embedding | nn.EmbeddingBag)
+        if scheme and scheme.activation and not is_table and not quantizes_input(module, attribute):
+            raise ValueError(f"layer {name!r}: what enters it cannot be quantized; give it a scheme without activation")
     done = set()
     for _, module, attribute, parameter in entries:
         if id(parameter) in of_parameter and (module, attribute) not in done:
@@ -98,7 +114,7 @@ def dense_state_dict(model: nn.Module) -> dict[str, Any]:
     weights = dict(packed_weights(model))
     state: dict[str, Any] = {}
     for key, value in model.state_dict().items():
-        name = key.rpartition(".")[0]
+        name = weight_name(key, weights)
         if name in weights:
             state[name] = decoded[weights[name]]
         else:

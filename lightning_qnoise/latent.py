@@ -44,7 +44,7 @@ class LatentWeight:
         self.latent = local(parameter).detach().clone()
         self.codebook: nn.Parameter | None = None
         if isinstance(packed, PQWeight):
-            self.codebook = nn.Parameter(packed.codebook.float().clone())
+            self.codebook = nn.Parameter(packed.codewords().clone())
             self.codes = local_rows(packed.indices().long(), parameter).flatten()
             self._find_zeros(self.codebook)
         self._is_stepping = False
@@ -86,10 +86,11 @@ class LatentWeight:
 
     def pack(self) -> PackedWeight:
         """Return the encoding of the moment."""
-        if self.codebook is None:
-            return self.packed.scheme.encode(gather_rows(self.latent, self.parameter))
-        assert isinstance(self.packed, PQWeight)
-        self.packed.write(gather_rows(self.codes.view(len(self.latent), -1), self.parameter), self.codebook)
+        if not isinstance(self.packed, PQWeight):
+            return self.packed.take(gather_rows(self.latent, self.parameter))
+        assert self.codebook is not None
+        self.packed.write_codes(gather_rows(self.codes.view(len(self.latent), -1), self.parameter))
+        self.packed.write_codebook(self.codebook)
         return self.packed
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -64,9 +64,9 @@ class WeightNoise:
             by the mean block of the weight. Schemes that distort single elements (`Int`) are always exact.
 
     Attributes:
-        has_codebook: Whether the noise reads an encoding that outlives the batch: that of exact PQ, whereas `Int`
-            quantizes the weight of the moment.
-        target: That encoding; made at the first draw, and given anew to refresh the codebook.
+        is_fitted: Whether the noise reads an encoding that outlives the batch, a codebook or a fitted range, whereas
+            `Int` with a min-max range quantizes the weight of the moment.
+        target: That encoding; made at the first draw, and given anew to refresh it.
         window: How many forwards that may read the noise are running.
         read: What they have read, by whether gradients are on: one noisy weight serves all readers of a forward.
     """
@@ -79,8 +79,8 @@ class WeightNoise:
         self.kind: Kind = kind if self.unit > 1 else "exact"
         self.mask = torch.zeros(rows, cols // self.unit, dtype=torch.bool, device=weight.device)
         empty = scheme.empty(weight.shape, weight.dtype, "meta")
-        self.has_codebook = self.kind == "exact" and type(empty).project is PackedWeight.project
-        self.target: PackedWeight | None = None if self.has_codebook else empty
+        self.is_fitted = self.kind == "exact" and empty.is_fixed
+        self.target: PackedWeight | None = None if self.is_fitted else empty
         self.active = False
         self.window = 0
         self.read: dict[bool, Tensor] = {}
@@ -95,12 +95,14 @@ class WeightNoise:
         if not self.active:
             return
         draw_mask(self.mask, rate, generator)
-        if self.has_codebook:
+        if self.is_fitted:
             self.target = self.target or self.encode(weight)
             self.target.follow(weight, self.mask)
 
     def apply(self, weight: Tensor) -> Tensor:
         """Return the weight as a forward reads it."""
+        if self.kind == "exact" and self.target is not None:
+            weight = self.target.clamp(weight)
         return quant_noise(weight, self._target(weight), self.mask)
 
     @torch.no_grad()

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from lightning_qnoise.globs import Rule, applies, check_globs, matches
-from lightning_qnoise.presets import PRESETS
+from lightning_qnoise.presets import PRESETS, QUANTIZING_INPUTS
 from lightning_qnoise.schemes import Scheme
 from lightning_qnoise.weights import Weight, list_weights
 
@@ -72,7 +72,7 @@ def decide(model: nn.Module | Sequence[Weight], policy: Policy) -> list[Decision
         raise ValueError(
             f"policy {policy!r} selects no weight of the model ({reasons or 'it has no float layer weights'})"
         )
-    _warn_reduced(decisions)
+    _warn_changed(decisions)
     return decisions
 
 
@@ -123,6 +123,7 @@ def _decide(weight: Weight, rule: Rule, strict: bool) -> Decision:
         if weight.obstacle:
             raise ValueError(weight.obstacle)
         scheme = PRESETS[rule](weight) if isinstance(rule, str) else rule.adapt(weight.shape)
+        scheme = _without_input(weight, scheme, strict and not isinstance(rule, str))
         predicted = sum(b.nbytes for b in scheme.empty(weight.shape, weight.dtype, "meta").buffers())
     except ValueError as error:
         if strict and not isinstance(rule, str):
@@ -133,8 +134,41 @@ def _decide(weight: Weight, rule: Rule, strict: bool) -> Decision:
     return Decision(weight, rule, scheme)
 
 
-def _warn_reduced(decisions: list[Decision]) -> None:
-    reduced = [d for d in decisions if d.scheme and isinstance(d.rule, Scheme) and d.scheme != d.rule]
-    if reduced:  # said at one place, so that the callbacks of a fit, which all resolve the policy, say it once
-        rows = "; ".join(f"{d.weight.name}: {d.scheme}" for d in reduced)
+def _without_input(weight: Weight, scheme: Scheme, strict: bool) -> Scheme:
+    """The scheme without its activation where the layer's input cannot be quantized; an embedding has none."""
+    if scheme.activation is None or weight.takes_input:
+        return scheme
+    if strict and not weight.is_embedding:
+        raise ValueError(
+            "its layer is no plain Linear or convolution, so what enters it cannot be quantized; give it a scheme "
+            "with activation=None"
+        )
+    return replace(scheme, activation=None)  # type: ignore[type-var]
+
+
+def _warn_changed(decisions: list[Decision]) -> None:
+    """Say what became of a rule, at one place, so that the callbacks of a fit, which all resolve it, say it once."""
+    reduced = [(d.weight.name, d.scheme) for d in decisions if _n_centroids(d.scheme) < _n_centroids(d.rule)]
+    if reduced:
+        rows = "; ".join(f"{name}: {scheme}" for name, scheme in reduced)
         warnings.warn(f"fewer blocks than codewords, n_centroids is reduced for {rows}", stacklevel=1)
+    kept = [d.weight.name for d in decisions if _lost_activation(d)]
+    if kept:
+        warnings.warn(
+            f"what enters {', '.join(kept)} stays float, since only a plain Linear or convolution can quantize its "
+            f"input; their weights are quantized",
+            stacklevel=1,
+        )
+
+
+def _n_centroids(rule: Rule) -> int:
+    return getattr(rule, "n_centroids", 0) if isinstance(rule, Scheme) else 0
+
+
+def _lost_activation(decision: Decision) -> bool:
+    """Whether the rule quantizes inputs and the scheme does not, though the layer has any."""
+    if decision.scheme is None or decision.weight.is_embedding:
+        return False
+    rule = decision.rule
+    wants = rule.activation is not None if isinstance(rule, Scheme) else rule in QUANTIZING_INPUTS
+    return wants and decision.scheme.activation is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 from lightning_qnoise.schemes import PQ, Int, Scheme, matrix_shape
 from lightning_qnoise.weights import Weight
@@ -31,10 +32,20 @@ def _product(weight: Weight) -> Scheme:
     return PQ(block_size=block_size, n_centroids=min(256, 2 ** (largest.bit_length() - 1)))
 
 
+def _product_int8(weight: Weight) -> Scheme:
+    """The same with int8 codebooks, and int8 for what enters the layers (Fan et al., section 3.4)."""
+    scheme = _product(weight)
+    if isinstance(scheme, PQ):
+        return replace(scheme, codebook=Int(8, granularity="tensor"), activation=Int(8))
+    return Int(8, activation=Int(8))
+
+
+QUANTIZING_INPUTS = {"ipq+int8"}
 PRESETS: dict[str, Callable[[Weight], Scheme]] = {
     "int8": lambda weight: Int(bits=8),
     "int4": lambda weight: Int(bits=4),
     "pq": _product,
     "ipq": _product,
+    "ipq+int8": _product_int8,
 }
 """Name -> the scheme for one weight; raises ValueError with the reason where there is none."""

@@ -73,7 +73,7 @@ class TiedWeight:
         self._read()
 
     def _read(self) -> None:
-        codebook, codes = self.packed.codebook, self.packed.indices().long()
+        codebook, codes = self.packed.codewords(), self.packed.indices().long()
         self.codes = local_rows(codes, self.parameter).flatten()
         self._zero = ~codebook.any(dim=1, keepdim=True)
         self._counts = torch.bincount(codes.flatten(), minlength=len(codebook)).clamp(min=1)[:, None]
@@ -81,7 +81,7 @@ class TiedWeight:
     @torch.no_grad()
     def start(self) -> None:
         """Give the Parameter its decoded value."""
-        local(self.parameter).copy_(self._spread(self.packed.codebook))
+        local(self.parameter).copy_(self._spread(self.packed.codewords()))
 
     @torch.no_grad()
     def before_step(self) -> None:
@@ -109,7 +109,7 @@ class TiedWeight:
 
     def pack(self) -> PQWeight:
         """Return the encoding, with the codewords of the moment."""
-        self.packed.codebook.copy_(self.codewords())
+        self.packed.write_codebook(self.codewords())
         return self.packed
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -122,7 +122,7 @@ class TiedWeight:
         self._read()
 
     def _blocks(self, values: Tensor) -> Tensor:
-        return values.reshape(-1, self.packed.codebook.shape[1])
+        return values.reshape(-1, self.packed.scheme.block_size)
 
     def _means(self, values: Tensor) -> Tensor:
         sums = codeword_sums(self._blocks(values), self.codes, len(self._counts))

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from lightning_qnoise.layers import quantizes_input
 from lightning_qnoise.sharding import is_cut_in_rows
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _ATTENTION = {"MultiheadAttention", "NonDynamicallyQuantizableLinear"}  # the latter is its out_proj
+_TABLES = {"Embedding", "EmbeddingBag"}
 _NORMS = {"_NormBase", "LayerNorm", "GroupNorm", "RMSNorm"}
 
 
@@ -29,6 +31,7 @@ class Weight:
         shape: Its shape (empty where it is not initialized yet).
         dtype: Its dtype.
         obstacle: Why it cannot be compressed, if so.
+        takes_input: Whether what enters its layer can be quantized.
     """
 
     names: tuple[str, ...]
@@ -36,6 +39,7 @@ class Weight:
     shape: tuple[int, ...]
     dtype: torch.dtype
     obstacle: str | None = None
+    takes_input: bool = True
 
     @property
     def name(self) -> str:
@@ -58,6 +62,11 @@ class Weight:
         names = [name.lower() for name in self.names]
         named = any("attn" in name or "attention" in name for name in names)
         return named or bool(self.kinds & _ATTENTION)
+
+    @property
+    def is_embedding(self) -> bool:
+        """Whether it is nothing but a table, into which ids go."""
+        return bool(self.kinds & _TABLES) and not self.takes_input
 
     @property
     def is_layer_weight(self) -> bool:
@@ -97,6 +106,7 @@ def _weight(entries: list[tuple[str, nn.Module, str, nn.Parameter]]) -> Weight:
         obstacle="is not initialized yet: run one batch through the model first"
         if lazy
         else next(filter(None, (_obstacle(module, parameter) for _, module, _, parameter in entries)), None),
+        takes_input=any(quantizes_input(module, attribute) for _, module, attribute, _ in entries),
     )
 
 

@@ -7,7 +7,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from lightning_qnoise import PQ, Int, dequantize, quantize
 from lightning_qnoise.attach import attach
-from lightning_qnoise.convert import check_finite, dense_state_dict, encode
+from lightning_qnoise.convert import check_finite, dense_state_dict, encode_weights
 from lightning_qnoise.layers import packed_weights
 from lightning_qnoise.schemes import PackedWeight
 
@@ -72,7 +72,7 @@ def test_nothing_is_changed_by_a_policy_that_does_not_fit(policy):
 def test_encode_changes_nothing():
     model = Net()
     before = snapshot(model)
-    packed = encode(model, {"head.weight": Int(4)})
+    packed = encode_weights(dict(model.named_parameters()), {"head.weight": Int(4)})
     assert_untouched(model, before)
     assert list(packed) == ["head.weight"] and isinstance(packed["head.weight"], PackedWeight)
 

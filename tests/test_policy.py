@@ -1,6 +1,7 @@
 import json
 import re
 import warnings
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -168,7 +169,7 @@ def test_what_would_not_shrink_is_left_float():
             {"head": Int(4, "group:5")},
             r"layer 'head\.weight': Int\(granularity='group:5'\) .*divisor of 64, or .*'channel'",
         ),
-        ("ipq8", "unknown preset 'ipq8'; choose from int8, int4, pq, ipq, or name a .json file"),
+        ("ipq8", "unknown preset 'ipq8'; choose from int8, int4, pq, ipq, ipq.int8, or name a .json file"),
         ({"head": "nf4"}, "unknown preset 'nf4'"),
     ],
 )
@@ -264,12 +265,7 @@ def test_json_round_trip(tmp_path):
     path.write_text(to_json(policy))
     assert as_mapping(str(path)) == policy
     assert resolve(Net(), str(path)) == resolve(Net(), policy)
-    assert json.loads(path.read_text())["head"] == {
-        "scheme": "Int",
-        "bits": 8,
-        "granularity": "channel",
-        "symmetric": False,
-    }
+    assert json.loads(path.read_text())["head"] == {"scheme": "Int", **asdict(Int(8))}
 
 
 @pytest.mark.parametrize(

@@ -192,7 +192,8 @@ def test_gradients_become_means_in_place(task, dtype):
 
 def test_a_codeword_of_one_block_takes_its_gradient():
     weight, packed = nn.Parameter(torch.empty(3, 2)), PQ(2, 4).empty((3, 2))
-    packed.write(torch.tensor([2, 2, 1]), torch.arange(1.0, 9.0).view(4, 2))
+    packed.write_codes(torch.tensor([2, 2, 1]))
+    packed.write_codebook(torch.arange(1.0, 9.0).view(4, 2))
     TiedWeight(weight, packed).start()
     assert weight.tolist() == [[5, 6], [5, 6], [3, 4]]
     weight.grad = torch.tensor([[1.0, 2.0], [3.0, 6.0], [5.0, 7.0]])

@@ -10,10 +10,11 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
 
-from lightning_qnoise.attach import attach, detach
+from lightning_qnoise.attach import attach, attach_inputs, detach
 from lightning_qnoise.callbacks.base import Callback, LightningModule, Trainer
 from lightning_qnoise.callbacks.fit import check_fit, from_rank_zero
 from lightning_qnoise.callbacks.progress import is_bounded, progress
+from lightning_qnoise.input_noise import InputNoises
 from lightning_qnoise.noise import Kind, WeightNoise, check_kind
 from lightning_qnoise.policy import Policy, as_mapping, resolve
 from lightning_qnoise.schedules import ConstantRate, RateSchedule, check_rate
@@ -73,7 +74,8 @@ class QuantNoise(Callback):
         self._is_over = False
         self._noises: dict[str, WeightNoise] = {}
         self._weights: dict[str, Tensor] = {}
-        self._restored: dict[str, dict[str, Tensor]] = {}
+        self._inputs = InputNoises({}, {})
+        self._restored: dict[str, Any] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Start anew, and refuse what cannot work."""
@@ -92,13 +94,15 @@ class QuantNoise(Callback):
         schemes = resolve(pl_module, self.policy)
         self._noises = attach(pl_module, schemes, self.kind)
         self._weights = {name: parameter for name, _, _, parameter in owners(pl_module) if name in schemes}
+        self._inputs = InputNoises(schemes, {name: weight.shape for name, weight in self._weights.items()})
+        attach_inputs(pl_module, self._inputs.of)
         elements = sum(weight.numel() for weight in self._weights.values())
         total = sum(parameter.numel() for parameter in pl_module.parameters())
         rank_zero_info(f"QuantNoise: {len(schemes)} weights with {elements:,} of {total:,} parameters are noised")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take the codebooks of a checkpoint."""
-        for name, state in self._restored.items():
+        """Take the codebooks and running ranges of a checkpoint."""
+        for name, state in self._restored.get("targets", {}).items():
             if name not in self._noises:
                 continue
             weight = self._weights[name]
@@ -106,6 +110,7 @@ class QuantNoise(Callback):
             if _shapes(state) == _shapes(target.state_dict()):  # otherwise the checkpoint is of another policy
                 target.load_state_dict(state)
                 self._noises[name].target = target
+        self._inputs.load_state_dict(self._restored.get("inputs", {}), pl_module.device)
         self._restored = {}  # this hook runs again in every finetuning stage
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -120,6 +125,7 @@ class QuantNoise(Callback):
         generator.manual_seed(zlib.crc32(f"{self.seed}/{trainer.global_rank}/{self._batches}".encode()))
         for name, noise in self._noises.items():
             noise.draw(self._weights[name], rate, generator)
+        self._inputs.draw(rate, generator)
         self._batches += 1
         if (
             batch_idx == 0 or rate != self._logged
@@ -133,6 +139,7 @@ class QuantNoise(Callback):
         """Leave no noise for forwards that are not of a training batch."""
         for noise in self._noises.values():
             noise.active = False
+        self._inputs.stop()
 
     @property
     def is_training_quantized(self) -> bool:
@@ -145,6 +152,7 @@ class QuantNoise(Callback):
         for name in names:
             if name in self._noises:
                 self._noises.pop(name).active = False
+                self._inputs.of.pop(name, None)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Detach the noise; no other hook runs after an exception."""
@@ -155,18 +163,19 @@ class QuantNoise(Callback):
         self._detach(pl_module)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed fit needs to go on bit-equally: batches seen, and the codebooks of the moment."""
-        targets = {name: noise.target for name, noise in self._noises.items() if noise.has_codebook}
+        """Return what a resumed fit needs to go on bit-equally: batches seen, codebooks and ranges."""
+        targets = {name: noise.target for name, noise in self._noises.items() if noise.is_fitted}
         current = {name: dict(target.state_dict()) for name, target in targets.items() if target is not None}
-        return {"batches": self._batches, "targets": self._restored | current}
+        targets, inputs = self._restored.get("targets", {}) | current, self._inputs.state_dict()
+        return {"batches": self._batches, "targets": targets, "inputs": self._restored.get("inputs", {}) | inputs}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take what `state_dict` returned."""
         self._batches = state_dict["batches"]
-        self._restored = state_dict["targets"]
+        self._restored = {"targets": state_dict["targets"], "inputs": state_dict["inputs"]}
 
     def _refresh(self, trainer: Trainer) -> None:
-        noises = {name: noise for name, noise in self._noises.items() if noise.has_codebook}
+        noises = {name: noise for name, noise in self._noises.items() if noise.is_fitted}
         like = {name: (noise.scheme, self._weights[name]) for name, noise in noises.items()}
         targets = from_rank_zero(
             trainer,
@@ -178,8 +187,20 @@ class QuantNoise(Callback):
 
     def _detach(self, pl_module: LightningModule) -> None:
         detach(pl_module)
-        self._restored = self.state_dict()["targets"]  # for a checkpoint that is saved after the fit
-        self._noises, self._weights = {}, {}
+        self._restored = self.state_dict()  # for a checkpoint that is saved after the fit
+        self._noises, self._weights, self._inputs = {}, {}, InputNoises({}, {})
+
+
+def policy_of(trainer: Trainer) -> Policy | None:
+    """Return the policy of the trainer's `QuantNoise` (None: it is switched off).
+
+    Raises:
+        ValueError: The trainer has none.
+    """
+    noise = next((callback for callback in trainer.callbacks if isinstance(callback, QuantNoise)), None)
+    if noise is None:
+        raise ValueError("Quantize() takes its policy from QuantNoise, but the trainer has none; pass a policy")
+    return noise.policy
 
 
 def _shapes(state: Mapping[str, Tensor]) -> dict[str, torch.Size]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from lightning_qnoise.callbacks import origin
+from lightning_qnoise.callbacks import learn, origin
 from lightning_qnoise.callbacks.base import Callback, LightningModule, Trainer, class_names
 from lightning_qnoise.callbacks.batch_norm import reestimate
 from lightning_qnoise.callbacks.evaluate import validate_again
@@ -12,7 +12,7 @@ from lightning_qnoise.callbacks.finetune import Finetune
 from lightning_qnoise.callbacks.fit import check_fit, check_later, is_sharded_fit
 from lightning_qnoise.callbacks.limits import Limits
 from lightning_qnoise.callbacks.optimizers import check_optimizers
-from lightning_qnoise.callbacks.quant_noise import QuantNoise
+from lightning_qnoise.callbacks.quant_noise import policy_of
 from lightning_qnoise.callbacks.record import Record
 from lightning_qnoise.callbacks.report import note, report, write_file
 from lightning_qnoise.callbacks.staged import StagedFinetuning
@@ -45,6 +45,7 @@ class Quantize(Callback):
         evaluate: Whether to run validation on the model before, between and after the stages.
         batch_norm: Training batches from which BatchNorm statistics are estimated anew, after packing and before the
             float model becomes a teacher; 0 keeps those of the training, which fit neither after noise.
+        calibration: Training batches that show packing the inputs of layers (static activations, `rounding="gptq"`).
         enabled: False makes the callback do nothing.
 
     Raises:
@@ -65,6 +66,7 @@ class Quantize(Callback):
         path: str | None = "quantized.safetensors",
         evaluate: bool = True,
         batch_norm: int = 100,
+        calibration: int = 8,
         enabled: bool = True,
     ) -> None:
         super().__init__()
@@ -74,16 +76,13 @@ class Quantize(Callback):
             check_stages(stages)
         if start not in ("last", "best"):
             raise ValueError(f"start must be 'last' or 'best', got {start!r}")
-        if batch_norm < 0:
-            raise ValueError(f"batch_norm must be a number of batches >= 0, got {batch_norm}")
-        self.policy = policy
-        self.stages = stages
-        self.finetune = finetune
-        self.start = start
-        self.path = path
-        self.evaluate = evaluate
-        self.batch_norm = batch_norm
-        self.enabled = enabled
+        for name, n_batches in (("batch_norm", batch_norm), ("calibration", calibration)):
+            if n_batches < 0:
+                raise ValueError(f"{name} must be a number of batches >= 0, got {n_batches}")
+        self.policy, self.stages = policy, stages
+        self.finetune, self.start = finetune, start
+        self.path, self.evaluate, self.enabled = path, evaluate, enabled
+        self.batch_norm, self.calibration = batch_norm, calibration
         self._work: StagedFinetuning | None = None  # what the end of the fit is to do
         self._record = Record()
         self._restored: dict[str, Any] = {}
@@ -105,17 +104,13 @@ class Quantize(Callback):
 
     def find_policy(self, trainer: Trainer) -> Policy | None:
         """Return the own policy or that of the trainer's `QuantNoise` (None: it is switched off)."""
-        if self.policy is not None:
-            return self.policy
-        noise = next((callback for callback in trainer.callbacks if isinstance(callback, QuantNoise)), None)
-        if noise is None:
-            raise ValueError("Quantize() takes its policy from QuantNoise, but the trainer has none; pass a policy")
-        return noise.policy
+        return policy_of(trainer) if self.policy is None else self.policy
 
     def find_stages(self, trainer: Trainer) -> Stages | None:
-        """Return the own stages, or those that the policy implies: `"joint"` where it says `"ipq"`, else None."""
+        """Return the own stages, or those that the policy implies: `"joint"` where it says `"ipq"` or `"ipq+int8"`."""
         policy = self.find_policy(trainer)
-        implied = "joint" if policy is not None and "ipq" in as_mapping(policy).values() else None
+        rules = as_mapping(policy).values() if policy is not None else ()
+        implied = "joint" if "ipq" in rules or "ipq+int8" in rules else None
         return implied if self.stages is None else self.stages
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -137,6 +132,7 @@ class Quantize(Callback):
             return
         schemes, stages = resolve(pl_module, policy), self.find_stages(trainer)
         plan = plan_stages(pl_module, schemes, stages) if stages else []
+        learn.check_data(trainer, pl_module, schemes, bool(plan), self.calibration)
         self._work = StagedFinetuning(schemes, plan, self.finetune)
         if self.finetune.optimizer is None and plan:
             check_optimizers(trainer.optimizers, self.finetune.reassign)
@@ -190,15 +186,18 @@ class Quantize(Callback):
             self._note(trainer, pl_module)
         elif self.start == "best":
             origin.load_best(trainer, pl_module)
-        encoded = self._finish(trainer, pl_module)
-        reestimate(trainer, pl_module, self.batch_norm)
+        moments = learn.input_moments(trainer, pl_module, self._work.schemes, self.calibration)
+        encoded = self._finish(trainer, pl_module, moments)
+        learn.adjust(trainer, pl_module, self.batch_norm, self.calibration)
+        self._left["ranges"] = learn.get_ranges(pl_module)
         report(trainer, pl_module, self._record, encoded, validate_again(trainer) if self.evaluate else {})
         write_file(trainer, pl_module, self.path, encoded)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Finalize a fit that had nothing left to train (a resumed, finished one)."""
         if self._work is not None:
-            encoded = self._finish(trainer, pl_module)
+            encoded = self._finish(trainer, pl_module, {})  # its decoded weights round to themselves
+            learn.set_ranges(pl_module, self._restored.get("ranges", {}))
             report(trainer, pl_module, self._record, encoded, {})
             write_file(trainer, pl_module, self.path, encoded)
 
@@ -230,9 +229,9 @@ class Quantize(Callback):
         self._restored = state_dict
         self._record = Record(list(state_dict.get("record", [])))
 
-    def _finish(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, PackedWeight]:
+    def _finish(self, trainer: Trainer, pl_module: LightningModule, moments: Any) -> dict[str, PackedWeight]:
         assert self._work is not None
-        encoded = self._work.finish(trainer, pl_module)
+        encoded = self._work.finish(trainer, pl_module, moments)
         self._work, self._left = None, self.state_dict()
         return encoded
 

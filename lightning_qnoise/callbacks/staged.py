@@ -6,8 +6,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
-from torch import nn
+from torch import Tensor, nn
 
+from lightning_qnoise.attach import attach_inputs
 from lightning_qnoise.callbacks import origin
 from lightning_qnoise.callbacks.again import UsersEpochs, forget_best, run_again, start_new_epoch
 from lightning_qnoise.callbacks.base import LightningModule, Trainer, class_names
@@ -136,6 +137,7 @@ class StagedFinetuning:
             self._guide = Rehearsal(pl_module, self._guidance)
         for noise in noises if self.current else []:
             noise.finish(self.quantized())
+        attach_inputs(pl_module, self.held.inputs)
 
     def tell(self, pl_module: LightningModule) -> None:
         """Show the stage in logs and progress bar, once a run: the trainer keeps it."""
@@ -143,8 +145,15 @@ class StagedFinetuning:
             pl_module.log("quantize/stage", float(self.current), prog_bar=True)
             self._is_told = True
 
-    def finish(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, PackedWeight]:
+    def finish(
+        self, trainer: Trainer, pl_module: LightningModule, moments: Mapping[str, Tensor]
+    ) -> dict[str, PackedWeight]:
         """Exchange the weights of the whole policy for packed ones, the same on every rank.
+
+        Args:
+            trainer: The trainer.
+            pl_module: Its module.
+            moments: Second moments of inputs, see `Scheme.encode`.
 
         Returns:
             Nothing; of a sharded module, whose weights stay Parameters and only take the decoded values, the encodings.
@@ -155,7 +164,7 @@ class StagedFinetuning:
         weights = _parameters(pl_module, self.schemes)
         like = {name: (self.schemes[name], weight) for name, weight in weights.items()}
         held, others = self.held.pack(), {name: whole(weights[name].detach()) for name in rest}
-        packed = from_rank_zero(trainer, lambda: held | encode_weights(others, rest), like)
+        packed = from_rank_zero(trainer, lambda: held | encode_weights(others, rest, moments), like)
         self.stop(trainer)
         if is_sharded_fit(trainer):
             for name, weight in weights.items():
@@ -170,6 +179,8 @@ class StagedFinetuning:
     def stop(self, trainer: Trainer) -> None:
         """Let go of weights, teacher and trainer; the Parameters keep their quantized values."""
         self.held.after_step()
+        for noise in self.held.inputs.values():
+            noise.active = False
         self.held = HeldWeights(self.finetune.reassign)
         self._dismiss()
         if self._left is not None:

@@ -6,12 +6,15 @@ from lightning_qnoise.layers.base import (
     packed_names,
     packed_weights,
     packs,
+    quantizes_input,
     unpack_layer,
 )
+from lightning_qnoise.layers.conv import PackedConv
 from lightning_qnoise.layers.embedding import PackedEmbedding
 from lightning_qnoise.layers.linear import PackedLinear
 
 __all__ = [
+    "PackedConv",
     "PackedEmbedding",
     "PackedLayer",
     "PackedLinear",
@@ -19,5 +22,6 @@ __all__ = [
     "packed_names",
     "packed_weights",
     "packs",
+    "quantizes_input",
     "unpack_layer",
 ]

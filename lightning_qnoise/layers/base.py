@@ -7,11 +7,11 @@ that hands the packed weight the whole product instead, so that a scheme with a 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor, nn
 
-from lightning_qnoise.layers.swap import blank, plain_state, readers
+from lightning_qnoise.layers.swap import blank, own_class, plain_state, readers
 from lightning_qnoise.schemes import PackedWeight
 
 _FORWARDS: dict[Callable, type[PackedLayer]] = {}
@@ -24,7 +24,12 @@ class PackedLayer(nn.Module):
 
     `load_state_dict` also takes a float `<layer>.weight`: it is encoded, so that a checkpoint from before packing
     (`trainer.test(ckpt_path="best")`) loads into the packed model.
+
+    Attributes:
+        quantizes_input: Whether its forward hands the input to `PackedWeight.quantize_input`.
     """
+
+    quantizes_input: ClassVar[bool] = False
 
     def packed(self, name: str) -> PackedWeight:
         """Return the packed weight behind the attribute `name`."""
@@ -41,7 +46,8 @@ class PackedLayer(nn.Module):
                 else:
                     shapes = f"{list(weight.shape)} in the checkpoint, {list(packed.shape)} in the packed model"
                     args[-1].append(f"size mismatch for {prefix + name}: {shapes}")
-                state_dict.update(packed.state_dict(prefix=f"{prefix}{name}."))
+                state = packed.state_dict() | self.packed(name).input_state()  # a range outlives its weight
+                state_dict.update({f"{prefix}{name}.{key}": tensor for key, tensor in state.items()})
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
@@ -65,6 +71,13 @@ def packs(layer: type[nn.Module]) -> Callable[[_Layer], _Layer]:
         return packed
 
     return register
+
+
+def quantizes_input(module: nn.Module, name: str) -> bool:
+    """Whether a module, once `name` is packed, can quantize what enters it."""
+    base = own_class(module)
+    is_called = base.__name__ != "NonDynamicallyQuantizableLinear"  # the out_proj that torch's attention only reads
+    return name == "weight" and is_called and _FORWARDS.get(base.forward, PackedLayer).quantizes_input
 
 
 def packed_names(module: nn.Module) -> tuple[str, ...]:

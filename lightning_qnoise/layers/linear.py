@@ -11,6 +11,7 @@ from lightning_qnoise.layers.base import PackedLayer, packs
 class PackedLinear(PackedLayer):
     """`nn.Linear` whose weight is packed."""
 
+    quantizes_input = True
     bias: Tensor | None
 
     def forward(self, input: Tensor) -> Tensor:

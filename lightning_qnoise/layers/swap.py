@@ -26,6 +26,14 @@ def retype(module: nn.Module, cls: type[nn.Module]) -> None:
     module.__class__ = cls
 
 
+def own_class(module: nn.Module) -> type[nn.Module]:
+    """Return the user's class of a module that may have been swapped."""
+    cls = type(module)
+    while "_is_swapped" in cls.__dict__:
+        cls = cls.__bases__[1]
+    return cls
+
+
 def stored(module: nn.Module, name: str) -> Any:
     """Return what `module.name` was before any property: a Parameter, an instance attribute or a class property."""
     parameter = module._parameters.get(name)
@@ -39,12 +47,13 @@ def stored(module: nn.Module, name: str) -> Any:
     raise AttributeError(f"{type(module).__name__!r} object has no attribute {name!r}")
 
 
-def readers(base: type[nn.Module], names: Iterable[str], read: Read) -> dict[str, property]:
-    """Return the properties that make each of `names` read through `read(module, name)`.
+def readers(base: type[nn.Module], names: Iterable[str], read: Read) -> dict[str, Any]:
+    """Return the attributes of a class in which each of `names` reads through `read(module, name)`.
 
     A recurrent layer reads its weights from a list that torch keeps beside them; that list becomes a property too.
     """
-    properties = {name: _property(name, read) for name in names}
+    properties: dict[str, Any] = {"_is_swapped": True}
+    properties |= {name: _property(name, read) for name in names}
     if issubclass(base, nn.RNNBase):
         properties["_flat_weights"] = property(_flat_weights, lambda module, value: None)
     return properties

@@ -6,12 +6,15 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from lightning_qnoise.schemes.packed import PackedWeight
+
+if TYPE_CHECKING:
+    from lightning_qnoise.schemes.integer import Int
 
 
 def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
@@ -33,20 +36,31 @@ class Scheme(ABC):
     """How one weight becomes small: mathematics only, no state.
 
     A subclass is a frozen dataclass; it is registered by its class name, which is its name in JSON.
+
+    Attributes:
+        activation: How what enters the layer is quantized, if at all.
     """
 
     registry: ClassVar[dict[str, type[Scheme]]] = {}
+    activation: Int | None = None
 
     def __init_subclass__(cls) -> None:
         Scheme.registry[cls.__name__] = cls
 
+    @property
+    def needs_inputs(self) -> bool:
+        """Whether `encode` wants the second moment of the layer's inputs."""
+        return False
+
     @abstractmethod
-    def encode(self, weight: Tensor, start: PackedWeight | None = None) -> PackedWeight:
+    def encode(self, weight: Tensor, start: PackedWeight | None = None, moment: Tensor | None = None) -> PackedWeight:
         """Compress a weight.
 
         Args:
             weight: Finite float weight with two or more dimensions.
             start: An earlier encoding of the same weight, to go on from where that helps.
+            moment: Mean of `x x^T` over the inputs of the layer, float32 `[cols, cols]` (`[groups, cols, cols]` of a
+                grouped convolution); only schemes that need inputs look at it.
 
         Raises:
             ValueError: The weight cannot be taken by this scheme.

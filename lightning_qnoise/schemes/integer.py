@@ -1,53 +1,35 @@
-"""Affine integers of 2 to 8 bits: `w = (code - zero_point) * scale`, with one scale per tensor, channel or group."""
+"""`Int`: affine integers of 2 to 8 bits, `w = (code - zero_point) * scale`, one scale per tensor, channel or group."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from lightning_qnoise.schemes.activation import check_activation
 from lightning_qnoise.schemes.base import Scheme, matrix_shape
-from lightning_qnoise.schemes.bits import pack_bits, packed_length, unpack_bits
+from lightning_qnoise.schemes.bits import pack_bits, packed_length
+from lightning_qnoise.schemes.gptq import compensated_codes
+from lightning_qnoise.schemes.int_weight import IntWeight
 from lightning_qnoise.schemes.packed import PackedWeight
-
-
-def affine_range(weight: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
-    """Return scale and zero point of the min-max range of the last dimension, widened to hold zero.
-
-    Args:
-        weight: Float32 `[..., n]`.
-        bits: Bits per code.
-        symmetric: Use the range `[-max|w|, max|w|]` and the fixed zero point `2**(bits - 1)`.
-
-    Returns:
-        Scale, float32 `[...]`, positive, and zero point, float32 `[...]`, whole numbers in `[0, 2**bits)`.
-    """
-    high, low = weight.amax(dim=-1).clamp(min=0).double(), weight.amin(dim=-1).clamp(max=0).double()
-    levels = 2**bits - 1
-    span = 2 * torch.maximum(high, -low) * levels / (levels - 1) if symmetric else high - low
-    scale = (span / levels).float()
-    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-    if symmetric:
-        return scale, torch.full_like(scale, 2 ** (bits - 1))
-    return scale, (-low.float() / scale).round().clamp(0, levels)
-
-
-def affine_round(weight: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
-    """Return the codes of `weight`, float32 whole numbers; what lies outside the range takes the end value.
-
-    Example:
-        >>> affine_round(torch.tensor([-9.0, 0.0, 1.0, 9.0]), torch.tensor(0.5), torch.tensor(8.0), bits=4)
-        tensor([ 0.,  8., 10., 15.])
-    """
-    return (weight / scale + zero_point).round().clamp(0, 2**bits - 1)
+from lightning_qnoise.schemes.ranges import (
+    Range,
+    affine_decode,
+    affine_grid,
+    affine_round,
+    check_range,
+    find_range,
+    round_trip,
+)
 
 
 @dataclass(frozen=True)
 class Int(Scheme):
-    """Integer weights with a min-max range (Jacob et al. 2018; Quant-Noise eq. 2 with the sign of z set right).
+    """Affine integers (Jacob et al. 2018; Quant-Noise eq. 2 with the sign of z set right) for a weight or an input.
 
     Zero is always representable, so padding rows and pruned weights stay zero.
 
@@ -56,9 +38,18 @@ class Int(Scheme):
         granularity: What shares a scale: `"tensor"`, `"channel"` (a row of the weight) or `"group:N"` (N consecutive
             elements of a row; N must divide the row).
         symmetric: Fix the zero point in the middle; saves one byte a scale.
+        range: What the integers cover, see `find_range`; `"lsq"` is learned in finetuning stages. Other ranges than
+            `"minmax"` stay as they were fitted while the weight moves, until the next refresh of the noise; what leaves
+            them is clamped and gets no gradient.
+        activation: The scheme of what enters the layer (Linear and convolutions; an Embedding has ids), or None.
+        rounding: `"nearest"`, or `"gptq"` with a compensation of each column's error that needs data (Frantar et
+            al. 2023); for packing in one shot.
+        mode: Of an activation: `"dynamic"` finds the range in every input, `"static"` keeps the one of calibration.
+        per: Of a dynamic activation: whether a `"token"` (a vector of a linear layer, a sample of a convolution; the
+            default) or the whole `"tensor"` has a range. A static one has one range.
 
     Raises:
-        ValueError: A value is out of range.
+        ValueError: A value is out of range, or options contradict each other.
 
     Example:
         >>> packed = Int(bits=4).encode(torch.linspace(-1, 1, 32).view(2, 16))
@@ -69,15 +60,42 @@ class Int(Scheme):
     bits: int = 8
     granularity: str = "channel"
     symmetric: bool = False
+    range: Range = "minmax"
+    activation: Int | None = None
+    rounding: Literal["nearest", "gptq"] = "nearest"
+    mode: Literal["dynamic", "static"] = "dynamic"
+    per: Literal["token", "tensor"] | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.activation, Mapping):  # from JSON
+            object.__setattr__(self, "activation", Int(**self.activation))
         if not 2 <= self.bits <= 8:
             raise ValueError(f"Int expects bits from 2 to 8, got {self.bits}")
         if not re.fullmatch(r"tensor|channel|group:[1-9]\d*", self.granularity):
             raise ValueError(f"Int expects granularity 'tensor', 'channel' or 'group:N', got {self.granularity!r}")
+        check_range(self.range)
+        for name, value, known in (
+            ("rounding", self.rounding, ("nearest", "gptq")),
+            ("mode", self.mode, ("dynamic", "static")),
+            ("per", self.per, (None, "token", "tensor")),
+        ):
+            if value not in known:
+                raise ValueError(f"Int expects {name} {' or '.join(map(repr, known))}, got {value!r}")
+        check_activation("Int", self.activation)
 
     def __str__(self) -> str:
-        return f"Int(bits={self.bits}, granularity={self.granularity!r})"
+        activation = f", activation=Int(bits={self.activation.bits})" if self.activation else ""
+        return f"Int(bits={self.bits}, granularity={self.granularity!r}{activation})"
+
+    @property
+    def per_token(self) -> bool:
+        """Whether every token of an activation has a range of its own."""
+        return self.per == "token" or (self.per is None and self.mode == "dynamic")
+
+    @property
+    def needs_inputs(self) -> bool:
+        """Whether `encode` wants the second moment of the layer's inputs."""
+        return self.rounding == "gptq"
 
     def noise_blocks(self, shape: Sequence[int]) -> tuple[int, int]:
         """Every element is distorted on its own."""
@@ -94,25 +112,41 @@ class Int(Scheme):
         zero_point = None if self.symmetric else torch.empty(rows, groups, dtype=torch.uint8, device=device)
         return IntWeight(self, shape, dtype, codes, scale, zero_point)
 
-    def encode(self, weight: Tensor, start: PackedWeight | None = None) -> IntWeight:
-        """Round to the nearest level of the weight's own range."""
-        codes, scale, zero_point = self._quantize(weight)
-        if not torch.isfinite(_dequantize(codes, scale, zero_point).to(weight.dtype)).all():
+    def encode(self, weight: Tensor, start: PackedWeight | None = None, moment: Tensor | None = None) -> IntWeight:
+        """Fit the range and round; with `rounding="gptq"` and a moment, so that the layer's output changes least."""
+        grouped = self._grouped(weight)
+        scale, zero_point = self._fit(grouped)
+        if moment is None or self.rounding == "nearest":
+            codes = affine_round(grouped, scale[..., None], zero_point[..., None], self.bits)
+        else:
+            scales, zeros = (
+                part[..., None].expand_as(grouped).reshape(len(weight), -1) for part in (scale, zero_point)
+            )
+            codes = compensated_codes(weight.detach().flatten(1).float(), scales, zeros, self.bits, moment)
+            codes = codes.view_as(grouped)
+        if not torch.isfinite(affine_decode(codes, scale[..., None], zero_point[..., None]).to(weight.dtype)).all():
             raise ValueError(f"weights from {weight.min():.3g} to {weight.max():.3g} overflow {weight.dtype} as {self}")
         stored = None if self.symmetric else zero_point.to(torch.uint8)
         return IntWeight(self, weight.shape, weight.dtype, pack_bits(codes.int(), self.bits), scale, stored)
 
     def fake_quantize(self, weight: Tensor) -> Tensor:
-        """Return `encode(weight).decode()` without packing."""
-        return _dequantize(*self._quantize(weight)).view(weight.shape).to(weight.dtype)
+        """Return `encode(weight).decode()` without packing, with every code to the nearest level."""
+        grouped = self._grouped(weight)
+        scale, zero_point = (part[..., None] for part in self._fit(grouped))
+        return round_trip(grouped, scale, zero_point, self.bits).view(weight.shape).to(weight.dtype)
 
-    def _quantize(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Codes float32 `[rows, groups, size]`, scale and zero point float32 `[rows, groups]`."""
-        grouped = weight.detach().reshape(self._grid(weight.shape)).float()
-        scale, zero_point = affine_range(grouped, self.bits, self.symmetric)
-        return affine_round(grouped, scale[..., None], zero_point[..., None], self.bits), scale, zero_point
+    def _grouped(self, weight: Tensor) -> Tensor:
+        """Float32 `[rows, groups, size]`."""
+        return weight.detach().reshape(self._grid(weight.shape)).float()
+
+    def _fit(self, grouped: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and zero point float32 `[rows, groups]`."""
+        ends = find_range(grouped, self.bits, self.symmetric, self.range)
+        return affine_grid(*ends, self.bits, self.symmetric)
 
     def _grid(self, shape: Sequence[int]) -> tuple[int, int, int]:
+        if self.mode != "dynamic" or self.per or self.range == "ema":
+            raise ValueError(f"mode, per and range='ema' are of activations: Int(activation=Int({self.bits}, ...))")
         rows, cols = matrix_shape(shape)
         if self.granularity == "tensor":
             return 1, 1, rows * cols
@@ -125,48 +159,3 @@ class Int(Scheme):
                 f"groups; pick a divisor of {cols}, or granularity='channel'"
             )
         return rows, cols // size, size
-
-
-def _dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
-    """Values float32 `[rows, groups, size]` of codes of that shape, scale and zero point `[rows, groups]`."""
-    return (codes - zero_point[..., None]) * scale[..., None]
-
-
-class IntWeight(PackedWeight):
-    """Codes, scales and zero points of one weight.
-
-    Attributes:
-        codes: uint8 `[ceil(numel * bits / 8)]`, row-major.
-        scale: float32 `[rows, groups]` (`[1, 1]` per tensor).
-        zero_point: uint8 `[rows, groups]`, or None for a symmetric range.
-    """
-
-    scheme: Int
-    codes: Tensor
-    scale: Tensor
-    zero_point: Tensor | None
-
-    def __init__(
-        self,
-        scheme: Int,
-        shape: Sequence[int],
-        dtype: torch.dtype,
-        codes: Tensor,
-        scale: Tensor,
-        zero_point: Tensor | None,
-    ) -> None:
-        super().__init__(scheme, shape, dtype)
-        self.register_buffer("codes", codes)
-        self.register_buffer("scale", scale)
-        self.register_buffer("zero_point", zero_point)
-
-    def decode(self) -> Tensor:
-        """Return `(codes - zero_point) * scale`."""
-        bits = self.scheme.bits
-        codes = unpack_bits(self.codes, bits, self.shape.numel()).view(*self.scale.shape, -1)
-        zero_point = torch.full_like(self.scale, 2 ** (bits - 1)) if self.zero_point is None else self.zero_point
-        return _dequantize(codes, self.scale, zero_point).view(self.shape).to(self.dtype)
-
-    def project(self, weight: Tensor) -> Tensor:
-        """Quantize with the weight's range of the moment, which no element can leave."""
-        return self.scheme.fake_quantize(weight)

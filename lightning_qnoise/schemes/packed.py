@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from lightning_qnoise.schemes.activation import dynamic_grid
+from lightning_qnoise.schemes.observer import Observer
+from lightning_qnoise.schemes.ranges import affine_decode, affine_grid, round_trip
+
 if TYPE_CHECKING:
     from lightning_qnoise.schemes.base import Scheme
+
+
+def _never_called(module: nn.Module, args: tuple[Any, ...]) -> None:
+    """A packed weight has no forward."""
 
 
 class PackedWeight(nn.Module):
@@ -18,17 +26,36 @@ class PackedWeight(nn.Module):
     A subclass registers its buffers in the constructor and implements `decode`. Moving it to another dtype changes
     `dtype`, that of the decoded weight, and leaves the stored buffers as they are.
 
-    Attributes:
-        scheme: The scheme that made it.
+    Args:
+        scheme: The scheme that makes it.
         shape: Shape of the decoded weight.
         dtype: Dtype of the decoded weight.
+        device: Where its buffers lie.
+
+    Attributes:
+        input_scale: Of a static activation, float32 `[]`, NaN until it is calibrated.
+        input_zero_point: Of a static activation, uint8 `[]`.
+        observer: Where there is one, it sees the inputs, and they pass unquantized (calibration).
     """
 
-    def __init__(self, scheme: Scheme, shape: Sequence[int], dtype: torch.dtype) -> None:
+    input_scale: Tensor
+    input_zero_point: Tensor
+
+    def __init__(
+        self, scheme: Scheme, shape: Sequence[int], dtype: torch.dtype, device: torch.device | str | None = None
+    ) -> None:
         super().__init__()
         self.scheme = scheme
         self.shape = torch.Size(shape)
         self.dtype = dtype
+        self.observer: Observer | None = None
+        self._is_calibrated = False
+        if scheme.activation is not None:
+            # nn.TransformerEncoderLayer bypasses its Linear layers in eval mode, but where a module below has a hook
+            self.register_forward_pre_hook(_never_called)
+        if scheme.activation is not None and scheme.activation.mode == "static":
+            self.register_buffer("input_scale", torch.full((), torch.nan, dtype=torch.float32, device=device))
+            self.register_buffer("input_zero_point", torch.zeros((), dtype=torch.uint8, device=device))
 
     def decode(self) -> Tensor:
         """Return the weight, of `shape` and `dtype`."""
@@ -46,9 +73,68 @@ class PackedWeight(nn.Module):
         """Return what quantization puts in the place of `weight` (the paper's phi), of the same shape and dtype."""
         return self.decode()
 
+    @property
+    def is_fixed(self) -> bool:
+        """Whether `project` reads what was encoded, not the weight of the moment alone."""
+        return True
+
+    def clamp(self, weight: Tensor) -> Tensor:
+        """Return the weight within the range that can be encoded, with its gradient; called before `project`."""
+        return weight
+
+    def take(self, weight: Tensor) -> PackedWeight:
+        """Return the encoding of another value of the weight that decodes to its `project`."""
+        raise NotImplementedError
+
+    def input_grid(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return scale and zero point of an input of the layer, float32, which broadcast to it.
+
+        Raises:
+            RuntimeError: The activation is static and was never calibrated.
+        """
+        activation = self.scheme.activation
+        assert activation is not None
+        if activation.mode == "dynamic":
+            return dynamic_grid(x, activation, self.shape)
+        if not self._is_calibrated and not torch.compiler.is_compiling():
+            if self.input_scale.isnan():
+                raise RuntimeError("a static activation has no range yet: call calibrate(model, loader) first")
+            self._is_calibrated = True  # looked at once: on a GPU it waits for the device
+        return self.input_scale, self.input_zero_point.float()
+
+    def set_input_range(self, low: Tensor, high: Tensor) -> None:
+        """Fix the range of a static activation, float32 `[]` each, `low <= 0 <= high`."""
+        activation = self.scheme.activation
+        assert activation is not None
+        scale, zero_point = affine_grid(low, high, activation.bits, activation.symmetric)
+        self.input_scale.copy_(scale)
+        self.input_zero_point.copy_(zero_point)
+
+    def input_state(self) -> dict[str, Tensor]:
+        """Return the part of the state dict that calibration writes."""
+        return {name: buffer for name, buffer in self.named_buffers() if name.startswith("input_")}
+
+    def quantize_input(self, x: Tensor) -> Tensor:
+        """Return an input of the layer as the scheme quantizes it, in its own shape and dtype.
+
+        The gradient passes straight through, but for what a static range cuts off.
+        """
+        if self.scheme.activation is None or not x.numel():
+            return x
+        if self.observer is not None:
+            self.observer.update(x)
+            return x
+        bits, grid = self.scheme.activation.bits, self.input_grid(x)
+        quantized = round_trip(x.detach(), *grid, bits)
+        if not (torch.is_grad_enabled() and x.requires_grad):
+            return quantized
+        if self.scheme.activation.mode == "static":
+            x = x.clamp(*(affine_decode(code, *grid).to(x.dtype) for code in (0, 2**bits - 1)))
+        return x - x.detach() + quantized  # the difference is exactly zero; it carries the gradient
+
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Return `x @ decode().T + bias`, `[..., out]`."""
-        return nn.functional.linear(x, self.decode(), bias)
+        """Return `quantize_input(x) @ decode().T + bias`, `[..., out]`."""
+        return nn.functional.linear(self.quantize_input(x), self.decode(), bias)
 
     def embedding(self, ids: Tensor) -> Tensor:
         """Return the rows `ids`, `[*ids.shape, dim]`."""
@@ -57,6 +143,10 @@ class PackedWeight(nn.Module):
     def extra_repr(self) -> str:
         """Show scheme and shape in `print(model)`."""
         return f"{self.scheme}, shape={list(self.shape)}"
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self._is_calibrated = False
+        super()._load_from_state_dict(*args)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedWeight:
         def keep_dtype(buffer: Tensor) -> Tensor:

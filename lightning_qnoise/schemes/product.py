@@ -1,18 +1,21 @@
-"""Product quantization: a weight's rows are cut into blocks, and every block is replaced by one of K codewords."""
+"""`PQ`, product quantization: rows are cut into blocks, and every block is replaced by one of K codewords."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from lightning_qnoise.schemes.activation import check_activation
 from lightning_qnoise.schemes.base import Scheme, matrix_shape
-from lightning_qnoise.schemes.bits import pack_bits, packed_length, unpack_bits
+from lightning_qnoise.schemes.bits import packed_length
+from lightning_qnoise.schemes.integer import Int
 from lightning_qnoise.schemes.kmeans import kmeans, nearest
 from lightning_qnoise.schemes.packed import PackedWeight
+from lightning_qnoise.schemes.pq_weight import PQWeight
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,8 @@ class PQ(Scheme):
         codebook_dtype: Stored dtype of the codebook. Decoding is exact to its rounding.
         n_iter: Most k-means iterations.
         seed: Seed of k-means.
+        codebook: A scheme for the codebook instead, `Int(8, granularity="tensor")`, or None.
+        activation: The scheme of what enters the layer, as in `Int`, or None.
 
     Raises:
         ValueError: A value is out of range.
@@ -45,8 +50,13 @@ class PQ(Scheme):
     codebook_dtype: Literal["float16", "bfloat16", "float32"] = "float16"
     n_iter: int = 20
     seed: int = 0
+    codebook: Int | None = None
+    activation: Int | None = None
 
     def __post_init__(self) -> None:
+        for name in ("codebook", "activation"):
+            if isinstance(getattr(self, name), Mapping):  # from JSON
+                object.__setattr__(self, name, Int(**getattr(self, name)))
         if self.block_size < 1:
             raise ValueError(f"PQ expects block_size >= 1, got {self.block_size}")
         if not 2 <= self.n_centroids <= 65536:
@@ -55,9 +65,16 @@ class PQ(Scheme):
             raise ValueError(f"PQ expects codebook_dtype float16, bfloat16 or float32, got {self.codebook_dtype!r}")
         if self.n_iter < 1:
             raise ValueError(f"PQ expects n_iter >= 1, got {self.n_iter}")
+        if self.codebook is not None:
+            if self.codebook.activation is not None or self.codebook.needs_inputs:
+                raise ValueError(f"PQ expects a codebook of plain integers such as Int(8), got {self.codebook}")
+            self.codebook.noise_blocks((self.n_centroids, self.block_size))
+        check_activation("PQ", self.activation)
 
     def __str__(self) -> str:
-        return f"PQ(block_size={self.block_size}, n_centroids={self.n_centroids})"
+        parts = {"codebook": self.codebook, "activation": self.activation}
+        integers = "".join(f", {name}=Int(bits={part.bits})" for name, part in parts.items() if part)
+        return f"PQ(block_size={self.block_size}, n_centroids={self.n_centroids}{integers})"
 
     @property
     def bits(self) -> int:
@@ -88,22 +105,23 @@ class PQ(Scheme):
     ) -> PQWeight:
         """Return the packed weight's shapes and dtypes without data."""
         codes = torch.empty(packed_length(self._n_blocks(shape), self.bits), dtype=torch.uint8, device=device)
-        stored = getattr(torch, self.codebook_dtype)
-        codebook = torch.empty(self.n_centroids, self.block_size, dtype=stored, device=device)
-        return PQWeight(self, shape, dtype, codes, codebook)
+        size, stored = (self.n_centroids, self.block_size), getattr(torch, self.codebook_dtype)
+        if self.codebook is not None:
+            return PQWeight(self, shape, dtype, codes, self.codebook.empty(size, device=device))
+        return PQWeight(self, shape, dtype, codes, torch.empty(size, dtype=stored, device=device))
 
-    def encode(self, weight: Tensor, start: PackedWeight | None = None) -> PQWeight:
+    def encode(self, weight: Tensor, start: PackedWeight | None = None, moment: Tensor | None = None) -> PQWeight:
         """Cluster the blocks with k-means, from the codebook of `start` where given."""
         blocks = self._blocks(weight)
         stored = getattr(torch, self.codebook_dtype)
         if blocks.abs().max() > torch.finfo(stored).max:
             raise ValueError(f"weights up to {blocks.abs().max():.3g} overflow a {self.codebook_dtype} codebook")
-        init = start.codebook.float() if isinstance(start, PQWeight) else None
+        init = start.codewords() if isinstance(start, PQWeight) else None
         found = self._codebook(blocks, init)
-        codebook = torch.zeros(self.n_centroids, self.block_size, dtype=stored, device=weight.device)
-        codebook[: len(found)] = found.to(stored)
-        codes = pack_bits(nearest(blocks, codebook[: len(found)].float()), self.bits)
-        return PQWeight(self, weight.shape, weight.dtype, codes, codebook)
+        packed = self.empty(weight.shape, weight.dtype, weight.device)
+        packed.write_codebook(nn.functional.pad(found, (0, 0, 0, self.n_centroids - len(found))))
+        packed.write_codes(nearest(blocks, packed.codewords()[: len(found)]))
+        return packed
 
     def _codebook(self, blocks: Tensor, init: Tensor | None) -> Tensor:
         """Codewords `[<= K, block_size]` fp32; the first is zero where the weight holds blocks of zeros."""
@@ -124,50 +142,3 @@ class PQ(Scheme):
     def _blocks(self, weight: Tensor) -> Tensor:
         self.noise_blocks(weight.shape)
         return weight.detach().reshape(-1, self.block_size).float()  # [n_blocks, block_size]
-
-
-class PQWeight(PackedWeight):
-    """Codes and codebook of one weight.
-
-    Attributes:
-        codes: uint8 `[ceil(n_blocks * bits / 8)]`, the blocks of row 0 first; one byte a block for K = 256.
-        codebook: `[n_centroids, block_size]` in the scheme's `codebook_dtype`.
-    """
-
-    scheme: PQ
-    codes: Tensor
-    codebook: Tensor
-
-    def __init__(self, scheme: PQ, shape: Sequence[int], dtype: torch.dtype, codes: Tensor, codebook: Tensor) -> None:
-        super().__init__(scheme, shape, dtype)
-        self.register_buffer("codes", codes)
-        self.register_buffer("codebook", codebook)
-
-    def indices(self) -> Tensor:
-        """Return the codes, one a block: int32 `[rows, cols // block_size]`."""
-        rows, cols = matrix_shape(self.shape)
-        n_blocks = rows * cols // self.scheme.block_size
-        return unpack_bits(self.codes, self.scheme.bits, n_blocks).view(rows, -1)
-
-    def write(self, indices: Tensor, codebook: Tensor) -> None:
-        """Take other codes (any shape, row by row) and codewords `[n_centroids, block_size]`."""
-        self.codes.copy_(pack_bits(indices.flatten(), self.scheme.bits))
-        self.codebook.copy_(codebook.detach())
-
-    def decode(self) -> Tensor:
-        """Look every block up in the codebook."""
-        return nn.functional.embedding(self.indices(), self.codebook).view(self.shape).to(self.dtype)
-
-    def embedding(self, ids: Tensor) -> Tensor:
-        """Decode only the rows that are asked for."""
-        codes = nn.functional.embedding(ids, self.indices())  # [*ids.shape, cols // block_size]
-        return nn.functional.embedding(codes, self.codebook).flatten(-2).to(self.dtype)
-
-    @torch.no_grad()
-    def follow(self, weight: Tensor, mask: Tensor) -> None:
-        """Assign the masked blocks to their nearest codewords; the codebook stays."""
-        moved = mask.flatten().nonzero().flatten()
-        blocks = weight.detach().reshape(-1, self.scheme.block_size)[moved]
-        codes = self.indices().flatten()
-        codes[moved] = nearest(blocks, self.codebook.float()).int()
-        self.codes.copy_(pack_bits(codes, self.scheme.bits))

@@ -7,7 +7,7 @@ from references import int_reference
 
 from lightning_qnoise import Int
 from lightning_qnoise.schemes.bits import unpack_bits
-from lightning_qnoise.schemes.integer import affine_range, affine_round
+from lightning_qnoise.schemes.ranges import affine_grid, affine_round
 
 GRANULARITIES = ["tensor", "channel", "group:6"]
 each_granularity = pytest.mark.parametrize("granularity", GRANULARITIES)
@@ -52,7 +52,7 @@ def test_rounding_is_half_to_even():
 
 
 def test_values_outside_the_range_take_the_end_value():
-    scale, zero = affine_range(torch.tensor([-1.0, 2.5]), bits=3, symmetric=False)
+    scale, zero = affine_grid(torch.tensor(-1.0), torch.tensor(2.5), bits=3, symmetric=False)
     assert (scale, zero) == (0.5, 2)
     codes = affine_round(torch.tensor([-1e9, -1.0, 0.0, 2.5, 1e9]), scale, zero, bits=3)
     assert codes.tolist() == [0, 0, 2, 7, 7]

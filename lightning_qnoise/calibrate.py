@@ -1,0 +1,144 @@
+"""What compression learns from data without training: ranges of static activations, second moments of inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from itertools import islice
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from lightning_qnoise.layers import packed_weights
+from lightning_qnoise.moments import InputMoment
+from lightning_qnoise.schemes import Observer, PackedWeight, Scheme
+from lightning_qnoise.weights import owners
+
+_Model = TypeVar("_Model", bound=nn.Module)
+
+
+def calibrate(model: _Model, loader: Iterable[Any], batches: int = 8) -> _Model:
+    """Fix the ranges of a packed model's static activations from data, in place, and return the model.
+
+    The model runs in eval mode on `batches` batches, with inputs unquantized. Ranges are buffers: a file and a
+    checkpoint hold them, and nothing else moves them.
+
+    Args:
+        model: A packed model; one without static activations is left as it is.
+        loader: Batches for `model(batch)`; of a tuple or list the first element, as in `torch.optim.swa_utils`.
+        batches: Most batches to look at.
+
+    Raises:
+        ValueError: The loader is empty, or no finite input reached a layer; nothing is changed.
+
+    Example:
+        >>> from lightning_qnoise import Int, quantize
+        >>> policy = Int(8, activation=Int(8, mode="static"))
+        >>> model = quantize(nn.Sequential(nn.Linear(8, 4)), policy)
+        >>> calibrate(model, [torch.linspace(-1, 1, 16).view(2, 8)])[0].packed("weight").input_zero_point
+        tensor(127, dtype=torch.uint8)
+    """
+    with observing(model) as observed:
+        if observed:
+            _run(model, loader, batches)
+    return model
+
+
+@contextmanager
+def observing(model: nn.Module) -> Iterator[list[str]]:
+    """Let static activations see the inputs that pass, and fix their ranges at the end, all or none.
+
+    Yields:
+        The names of their weights.
+
+    Raises:
+        ValueError: At the end, no finite input has reached a layer.
+    """
+    packed = {weight: name for name, weight in packed_weights(model) if is_static(weight.scheme)}
+    for weight in packed:
+        activation = weight.scheme.activation
+        assert activation is not None
+        weight.observer = Observer(activation.bits, activation.symmetric, activation.range)
+    try:
+        yield list(packed.values())
+        ranges = {weight: _range(name, weight) for weight, name in packed.items()}
+    finally:
+        for weight in packed:
+            weight.observer = None
+    for weight, ends in ranges.items():
+        weight.set_input_range(*ends)
+
+
+def is_static(scheme: Scheme) -> bool:
+    """Whether a scheme needs calibration."""
+    return scheme.activation is not None and scheme.activation.mode == "static"
+
+
+def input_moments(
+    model: nn.Module, schemes: Mapping[str, Scheme], loader: Iterable[Any] | None, batches: int = 8
+) -> dict[str, Tensor]:
+    """Return the second moment of the inputs of every weight whose scheme needs it: name -> float32.
+
+    Args:
+        model: A float model; it runs in eval mode.
+        schemes: Weight name -> scheme.
+        loader: As in `calibrate`.
+        batches: Most batches to look at.
+
+    Raises:
+        ValueError: There is no loader and a scheme needs one, a layer is none that this is known for, or no input
+            reached it.
+    """
+    with collecting(model, schemes) as moments:
+        if moments and loader is None:
+            raise ValueError(f"layer {next(iter(moments))!r}: rounding='gptq' needs data: quantize(..., loader=...)")
+        if moments and loader is not None:
+            _run(model, loader, batches)
+    return {name: moment.mean(name) for name, moment in moments.items()}
+
+
+@contextmanager
+def collecting(model: nn.Module, schemes: Mapping[str, Scheme]) -> Iterator[dict[str, InputMoment]]:
+    """Let the layers whose schemes need it collect the second moment of what enters them."""
+    needed = {name for name, scheme in schemes.items() if scheme.needs_inputs}
+    moments: dict[str, InputMoment] = {}
+    first = {id(parameter): name for name, _, _, parameter in reversed(list(owners(model)))}
+    with ExitStack() as stack:
+        for name, module, _, parameter in owners(model):
+            if first[id(parameter)] in needed and not isinstance(module, nn.Embedding):
+                moment = moments.setdefault(first[id(parameter)], InputMoment())
+                stack.callback(module.register_forward_pre_hook(moment.hook(name)).remove)
+        yield moments
+
+
+def _range(name: str, weight: PackedWeight) -> tuple[Tensor, Tensor]:
+    assert weight.observer is not None
+    try:
+        return weight.observer.find_range()
+    except RuntimeError as error:
+        raise ValueError(
+            f"layer {name!r}: its input cannot be calibrated, {error}; use it in the model's forward, or give it a "
+            f"dynamic activation"
+        ) from error
+
+
+@torch.no_grad()
+def _run(model: nn.Module, loader: Iterable[Any], batches: int) -> None:
+    if batches < 1:
+        raise ValueError(f"batches must be >= 1, got {batches}")
+    device = next((tensor.device for tensor in model.state_dict().values()), torch.device("cpu"))
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        for batch in islice(loader, batches):
+            model(_first(batch, lambda tensor: tensor.to(device)))
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _first(batch: Any, move: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(batch, list | tuple):
+        batch = batch[0]
+    return move(batch) if isinstance(batch, Tensor) else batch

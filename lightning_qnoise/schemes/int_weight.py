@@ -1,0 +1,127 @@
+"""`IntWeight`: codes, scales and zero points of one weight."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lightning_qnoise.ops import Int8Weight, has_int8, int8_linear, prepare_int8
+from lightning_qnoise.schemes.bits import pack_bits, unpack_bits
+from lightning_qnoise.schemes.packed import PackedWeight
+from lightning_qnoise.schemes.ranges import affine_decode, affine_round, round_trip
+
+if TYPE_CHECKING:
+    from lightning_qnoise.schemes.integer import Int
+
+_LEAST = 2**14  # elements below which a float product is faster
+
+
+class IntWeight(PackedWeight):
+    """Codes, scales and zero points of one weight.
+
+    Where its input is quantized, too, a Linear layer runs in integers: without gradients, with one scale a row, on
+    devices with exact integer kernels, and from 2**14 elements on. That keeps one more byte an element in memory.
+
+    Attributes:
+        codes: uint8 `[ceil(numel * bits / 8)]`, row-major.
+        scale: float32 `[rows, groups]` (`[1, 1]` per tensor).
+        zero_point: uint8 `[rows, groups]`, or None for a symmetric range.
+    """
+
+    scheme: Int
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
+
+    def __init__(
+        self,
+        scheme: Int,
+        shape: Sequence[int],
+        dtype: torch.dtype,
+        codes: Tensor,
+        scale: Tensor,
+        zero_point: Tensor | None,
+    ) -> None:
+        super().__init__(scheme, shape, dtype, codes.device)
+        self._prepared: Int8Weight | None = None
+        self.register_buffer("codes", codes)
+        self.register_buffer("scale", scale)
+        self.register_buffer("zero_point", zero_point)
+
+    @property
+    def zeros(self) -> Tensor:
+        """The zero points, float32 `[rows, groups]`."""
+        if self.zero_point is None:
+            return torch.full_like(self.scale, 2 ** (self.scheme.bits - 1))
+        return self.zero_point.float()
+
+    @property
+    def is_fixed(self) -> bool:
+        """Only a min-max range follows the weight."""
+        return self.scheme.range != "minmax"
+
+    def decode(self) -> Tensor:
+        """Return `(codes - zero_point) * scale`."""
+        codes = unpack_bits(self.codes, self.scheme.bits, self.shape.numel()).view(*self.scale.shape, -1)
+        return affine_decode(codes, *self._grid()).view(self.shape).to(self.dtype)
+
+    def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Return `quantize_input(x) @ decode().T + bias`, `[..., out]`; in integers where that is possible."""
+        if not self._runs_in_integers(x):
+            return super().linear(x, bias)
+        assert self.scheme.activation is not None
+        if self._prepared is None:
+            codes = unpack_bits(self.codes, self.scheme.bits, self.shape.numel()).view(self.shape)
+            self._prepared = prepare_int8(codes, self.scale, self.zero_point, self.scheme.bits)
+        return int8_linear(x, self._prepared, bias, *self.input_grid(x), self.scheme.activation.bits)
+
+    def project(self, weight: Tensor) -> Tensor:
+        """Quantize on the own grid, or on that of the weight's min-max range of the moment."""
+        if not self.is_fixed:
+            return self.scheme.fake_quantize(weight)
+        return round_trip(self._grouped(weight), *self._grid(), self.scheme.bits).view(weight.shape).to(weight.dtype)
+
+    def clamp(self, weight: Tensor) -> Tensor:
+        """Cut the weight to the range of a fixed grid."""
+        if not self.is_fixed:
+            return weight
+        ends = (affine_decode(code, *self._grid()).to(weight.dtype) for code in (0, 2**self.scheme.bits - 1))
+        return weight.reshape(*self.scale.shape, -1).clamp(*ends).view(weight.shape)
+
+    def take(self, weight: Tensor) -> IntWeight:
+        """Encode on the grid that `project` uses."""
+        if not self.is_fixed:
+            return self.scheme.encode(weight)
+        self._prepared = None
+        codes = affine_round(self._grouped(weight), *self._grid(), self.scheme.bits)
+        self.codes.copy_(pack_bits(codes.int(), self.scheme.bits))
+        return self
+
+    def _grid(self) -> tuple[Tensor, Tensor]:
+        """Scale and zero point, float32 `[rows, groups, 1]`."""
+        return self.scale[..., None], self.zeros[..., None]
+
+    def _grouped(self, weight: Tensor) -> Tensor:
+        """Float32 `[rows, groups, size]`."""
+        return weight.detach().reshape(*self.scale.shape, -1).float()
+
+    def _runs_in_integers(self, x: Tensor) -> bool:
+        is_quantized = self.scheme.activation is not None and self.observer is None and x.numel() > 0
+        pays = self.shape.numel() >= _LEAST and self.scale.shape[1] == 1
+        is_plain = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        return is_quantized and pays and is_plain and has_int8(x.device.type)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_prepared": None}
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self._prepared = None
+        super()._load_from_state_dict(*args)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> IntWeight:
+        self._prepared = None
+        super()._apply(*args, **kwargs)
+        return self

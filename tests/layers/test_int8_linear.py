@@ -1,0 +1,125 @@
+"""A packed Linear with a quantized input: computed in integers, equal to the arithmetic in floats."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lightning_qnoise import Int, load, quantize, save
+from lightning_qnoise.calibrate import calibrate
+from lightning_qnoise.ops import has_int8
+
+pytestmark = pytest.mark.skipif(not has_int8("cpu"), reason="this processor has no exact int8 kernels")
+SCHEMES = {
+    "dynamic": Int(8, activation=Int(8)),
+    "static": Int(8, activation=Int(8, mode="static")),
+    "per tensor, symmetric": Int(8, symmetric=True, activation=Int(8, per="tensor", symmetric=True)),
+    "one scale, int4": Int(4, "tensor", activation=Int(8)),
+    "four bits both": Int(4, activation=Int(4)),
+}
+
+
+def layer(scheme, n_in=130, n_out=127):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(n_in, n_out))
+    return calibrate(quantize(model, scheme), [torch.randn(64, n_in)]).eval()
+
+
+class FloatsOf(TorchDispatchMode):
+    """Counts the float tensors of `numel` elements that operators return."""
+
+    def __init__(self, numel):
+        super().__init__()
+        self.numel, self.found = numel, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for part in out if isinstance(out, tuple | list) else [out]:
+            is_large = isinstance(part, torch.Tensor) and part.numel() >= self.numel
+            self.found += is_large and part.is_floating_point()
+        return out
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("shape", [(5, 130), (2, 3, 130), (1, 130), (130,)])
+def test_equal_to_the_arithmetic_in_floats(name, shape):
+    model, x = layer(SCHEMES[name]), torch.randn(shape)
+    with torch.no_grad():
+        found = model(x)
+    packed = model[0].packed("weight")
+    assert packed._prepared is not None
+    expected = nn.functional.linear(packed.quantize_input(x).double(), packed.decode().double(), model[0].bias.double())
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_no_float_weight_is_made(name):
+    model, x = layer(SCHEMES[name]), torch.randn(3, 130)
+    with torch.no_grad(), FloatsOf(130 * 127) as counter:
+        model(x)
+    assert counter.found == 0
+    with FloatsOf(130 * 127) as counter:
+        model(x)  # with gradients it is decoded, so the test can fail
+    assert counter.found
+
+
+def test_gradients_groups_and_small_layers_stay_float():
+    x = torch.randn(4, 128)
+    for model in (
+        layer(Int(8, "group:64", activation=Int(8)), 128, 128),
+        layer(SCHEMES["dynamic"], 128, 16),
+        layer(Int(8), 128, 128),
+    ):
+        with torch.no_grad():
+            model(x)
+        assert model[0].packed("weight")._prepared is None
+    model = layer(SCHEMES["dynamic"], 128, 128)
+    x.requires_grad_()
+    model(x).sum().backward()
+    assert x.grad.abs().sum() > 0 and model[0].packed("weight")._prepared is None
+
+
+@torch.no_grad()
+def test_nothing_stale_is_used():
+    model, x = layer(SCHEMES["static"]), torch.randn(6, 130)
+    before = model(x)
+    other = layer(SCHEMES["static"])
+    other[0].packed("weight").codes.zero_()
+    model.load_state_dict(other.state_dict())
+    assert not torch.allclose(model(x), before)
+    for copied in (copy.deepcopy(other), pickle.loads(pickle.dumps(other))):
+        assert copied[0].packed("weight")._prepared is None
+        assert torch.equal(copied(x), other(x))
+
+
+@torch.no_grad()
+def test_file_and_dtypes(tmp_path):
+    model, x = layer(SCHEMES["static"]), torch.randn(6, 130)
+    assert save(model, tmp_path / "m.safetensors") == 130 * 127 + 127 * (4 + 1 + 4) + 5
+    loaded = load(nn.Sequential(nn.Linear(130, 127)), tmp_path / "m.safetensors")
+    assert torch.equal(loaded(x), model(x))
+    half = loaded.to(torch.bfloat16)(x.bfloat16())
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.float(), model(x), rtol=0.05, atol=0.05)
+
+
+@torch.no_grad()
+def test_torchs_encoder_layer_does_not_bypass_it():
+    torch.manual_seed(0)
+    plain = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True).eval()
+    model = quantize(copy.deepcopy(plain), {"linear?": Int(8, activation=Int(2))})
+    calls = []
+    for name in ("linear1", "linear2"):
+        packed = model.get_submodule(name).packed("weight")
+        packed.quantize_input = lambda x, own=packed.quantize_input: calls.append(1) or own(x)
+    x = torch.randn(2, 5, 32)
+    assert (model(x) - plain(x)).abs().mean() > 0.05  # two bits show
+    assert len(calls) == 2
+
+
+@torch.no_grad()
+def test_an_empty_batch():
+    assert layer(SCHEMES["static"])(torch.randn(0, 130)).shape == (0, 127)
