@@ -2,8 +2,10 @@
 
 from typing import TYPE_CHECKING, Any
 
+from lightning_qnoise.calibrate import calibrate
 from lightning_qnoise.convert import dequantize, quantize
 from lightning_qnoise.distill import Guidance
+from lightning_qnoise.export import export_onnx
 from lightning_qnoise.file import load, save
 from lightning_qnoise.schedules import ConstantRate, CosineRate, LinearRate, StepRate, WarmupCosine
 from lightning_qnoise.schemes import PQ, Int
@@ -28,7 +30,9 @@ __all__ = [
     "Quantize",
     "StepRate",
     "WarmupCosine",
+    "calibrate",
     "dequantize",
+    "export_onnx",
     "load",
     "quantize",
     "save",
