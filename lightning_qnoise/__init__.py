@@ -7,6 +7,7 @@ from lightning_qnoise.convert import dequantize, quantize
 from lightning_qnoise.distill import Guidance
 from lightning_qnoise.export import export_onnx
 from lightning_qnoise.file import load, save
+from lightning_qnoise.memory import set_memory
 from lightning_qnoise.schedules import ConstantRate, CosineRate, LinearRate, StepRate, WarmupCosine
 from lightning_qnoise.schemes import PQ, Int
 from lightning_qnoise.size import size_table
@@ -36,6 +37,7 @@ __all__ = [
     "load",
     "quantize",
     "save",
+    "set_memory",
     "size_table",
 ]
 

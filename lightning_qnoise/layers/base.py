@@ -129,7 +129,7 @@ def _base(layer: nn.Module) -> type[nn.Module]:
 def _decoded(module: nn.Module, name: str) -> Tensor:
     packed = module._modules[name]
     assert isinstance(packed, PackedWeight)
-    return packed.decode()
+    return packed.read()
 
 
 def _packed_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from lightning_qnoise.ops import Int8Weight, has_int8, int8_linear, prepare_int8
+from lightning_qnoise.ops import has_int8, int8_linear, prepare_int8
 from lightning_qnoise.schemes.bits import pack_bits, unpack_bits
 from lightning_qnoise.schemes.packed import PackedWeight
 from lightning_qnoise.schemes.ranges import affine_decode, affine_round, round_trip
@@ -46,7 +46,6 @@ class IntWeight(PackedWeight):
         zero_point: Tensor | None,
     ) -> None:
         super().__init__(scheme, shape, dtype, codes.device)
-        self._prepared: Int8Weight | None = None
         self.register_buffer("codes", codes)
         self.register_buffer("scale", scale)
         self.register_buffer("zero_point", zero_point)
@@ -73,10 +72,10 @@ class IntWeight(PackedWeight):
         if not self._runs_in_integers(x):
             return super().linear(x, bias)
         assert self.scheme.activation is not None
-        if self._prepared is None:
+        if "int8" not in self._made:
             codes = unpack_bits(self.codes, self.scheme.bits, self.shape.numel()).view(self.shape)
-            self._prepared = prepare_int8(codes, self.scale, self.zero_point, self.scheme.bits)
-        return int8_linear(x, self._prepared, bias, *self.input_grid(x), self.scheme.activation.bits)
+            self._made["int8"] = prepare_int8(codes, self.scale, self.zero_point, self.scheme.bits)
+        return int8_linear(x, self._made["int8"], bias, *self.input_grid(x), self.scheme.activation.bits)
 
     def project(self, weight: Tensor) -> Tensor:
         """Quantize on the own grid, or on that of the weight's min-max range of the moment."""
@@ -95,7 +94,7 @@ class IntWeight(PackedWeight):
         """Encode on the grid that `project` uses."""
         if not self.is_fixed:
             return self.scheme.encode(weight)
-        self._prepared = None
+        self.forget()
         codes = affine_round(self._grouped(weight), *self._grid(), self.scheme.bits)
         self.codes.copy_(pack_bits(codes.int(), self.scheme.bits))
         return self
@@ -113,15 +112,3 @@ class IntWeight(PackedWeight):
         pays = self.shape.numel() >= _LEAST and self.scale.shape[1] == 1
         is_plain = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
         return is_quantized and pays and is_plain and has_int8(x.device.type)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_prepared": None}
-
-    def _load_from_state_dict(self, *args: Any) -> None:
-        self._prepared = None
-        super()._load_from_state_dict(*args)
-
-    def _apply(self, *args: Any, **kwargs: Any) -> IntWeight:
-        self._prepared = None
-        super()._apply(*args, **kwargs)
-        return self

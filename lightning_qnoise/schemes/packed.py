@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,7 @@ class PackedWeight(nn.Module):
     Attributes:
         input_scale: Of a static activation, float32 `[]`, NaN until it is calibrated.
         input_zero_point: Of a static activation, uint8 `[]`.
+        memory: `"fast"` keeps what was decoded for the next forward, `"lean"` does not.
         observer: Where there is one, it sees the inputs, and they pass unquantized (calibration).
     """
 
@@ -48,8 +49,9 @@ class PackedWeight(nn.Module):
         self.scheme = scheme
         self.shape = torch.Size(shape)
         self.dtype = dtype
+        self.memory: Literal["lean", "fast"] = "lean"
         self.observer: Observer | None = None
-        self._is_calibrated = False
+        self._made: dict[str, Any] = {}  # from the buffers, for one forward after the other
         if scheme.activation is not None:
             # nn.TransformerEncoderLayer bypasses its Linear layers in eval mode, but where a module below has a hook
             self.register_forward_pre_hook(_never_called)
@@ -60,6 +62,18 @@ class PackedWeight(nn.Module):
     def decode(self) -> Tensor:
         """Return the weight, of `shape` and `dtype`."""
         raise NotImplementedError
+
+    def read(self) -> Tensor:
+        """Return the decoded weight as a layer reads it: decoded once where memory and gradients allow."""
+        if self.memory == "lean" or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self.decode()
+        if "dense" not in self._made:
+            self._made["dense"] = self.decode()
+        return self._made["dense"]
+
+    def forget(self) -> None:
+        """Let go of everything that was made from the buffers."""
+        self._made.clear()
 
     def follow(self, weight: Tensor, mask: Tensor) -> None:
         """Encode the masked blocks of a weight that has moved since, on the same grid. Called before `project`.
@@ -96,10 +110,10 @@ class PackedWeight(nn.Module):
         assert activation is not None
         if activation.mode == "dynamic":
             return dynamic_grid(x, activation, self.shape)
-        if not self._is_calibrated and not torch.compiler.is_compiling():
+        if "range" not in self._made and not torch.compiler.is_compiling():
             if self.input_scale.isnan():
                 raise RuntimeError("a static activation has no range yet: call calibrate(model, loader) first")
-            self._is_calibrated = True  # looked at once: on a GPU it waits for the device
+            self._made["range"] = True  # looked at once: on a GPU it waits for the device
         return self.input_scale, self.input_zero_point.float()
 
     def set_input_range(self, low: Tensor, high: Tensor) -> None:
@@ -134,24 +148,28 @@ class PackedWeight(nn.Module):
 
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Return `quantize_input(x) @ decode().T + bias`, `[..., out]`."""
-        return nn.functional.linear(self.quantize_input(x), self.decode(), bias)
+        return nn.functional.linear(self.quantize_input(x), self.read(), bias)
 
     def embedding(self, ids: Tensor) -> Tensor:
         """Return the rows `ids`, `[*ids.shape, dim]`."""
-        return nn.functional.embedding(ids, self.decode())
+        return nn.functional.embedding(ids, self.read())
 
     def extra_repr(self) -> str:
         """Show scheme and shape in `print(model)`."""
         return f"{self.scheme}, shape={list(self.shape)}"
 
     def _load_from_state_dict(self, *args: Any) -> None:
-        self._is_calibrated = False
+        self.forget()
         super()._load_from_state_dict(*args)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_made": {}}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedWeight:
         def keep_dtype(buffer: Tensor) -> Tensor:
             moved = fn(buffer)
             return moved if moved.dtype == buffer.dtype else buffer.to(moved.device)
 
+        self.forget()
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
         return super()._apply(keep_dtype, recurse)

@@ -52,10 +52,12 @@ class PQWeight(PackedWeight):
 
     def write_codes(self, indices: Tensor) -> None:
         """Take other codes, of any shape, row by row."""
+        self.forget()
         self.codes.copy_(pack_bits(indices.flatten(), self.scheme.bits))
 
     def write_codebook(self, codewords: Tensor) -> None:
         """Take other codewords `[n_centroids, block_size]`."""
+        self.forget()
         if isinstance(self.codebook, IntWeight):
             self.codebook.load_state_dict(self.codebook.scheme.encode(codewords.detach().float()).state_dict())
         else:
@@ -66,7 +68,9 @@ class PQWeight(PackedWeight):
         return nn.functional.embedding(self.indices(), self._table()).view(self.shape).to(self.dtype)
 
     def embedding(self, ids: Tensor) -> Tensor:
-        """Decode only the rows that are asked for."""
+        """Decode only the rows that are asked for, unless all are there."""
+        if self.memory == "fast":
+            return super().embedding(ids)
         codes = nn.functional.embedding(ids, self.indices())  # [*ids.shape, cols // block_size]
         return nn.functional.embedding(codes, self._table()).flatten(-2).to(self.dtype)
 

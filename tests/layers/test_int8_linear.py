@@ -50,7 +50,7 @@ def test_equal_to_the_arithmetic_in_floats(name, shape):
     with torch.no_grad():
         found = model(x)
     packed = model[0].packed("weight")
-    assert packed._prepared is not None
+    assert "int8" in packed._made
     expected = nn.functional.linear(packed.quantize_input(x).double(), packed.decode().double(), model[0].bias.double())
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
 
@@ -75,11 +75,11 @@ def test_gradients_groups_and_small_layers_stay_float():
     ):
         with torch.no_grad():
             model(x)
-        assert model[0].packed("weight")._prepared is None
+        assert not model[0].packed("weight")._made
     model = layer(SCHEMES["dynamic"], 128, 128)
     x.requires_grad_()
     model(x).sum().backward()
-    assert x.grad.abs().sum() > 0 and model[0].packed("weight")._prepared is None
+    assert x.grad.abs().sum() > 0 and not model[0].packed("weight")._made
 
 
 @torch.no_grad()
@@ -91,7 +91,7 @@ def test_nothing_stale_is_used():
     model.load_state_dict(other.state_dict())
     assert not torch.allclose(model(x), before)
     for copied in (copy.deepcopy(other), pickle.loads(pickle.dumps(other))):
-        assert copied[0].packed("weight")._prepared is None
+        assert not copied[0].packed("weight")._made
         assert torch.equal(copied(x), other(x))
 
 
