@@ -70,6 +70,17 @@ def observing(model: nn.Module) -> Iterator[list[str]]:
         weight.set_input_range(*ends)
 
 
+def first_batches(loader: Iterable[Any], batches: int) -> Iterator[Any]:
+    """Return the first batches of a loader.
+
+    Raises:
+        ValueError: Less than one is asked for.
+    """
+    if batches < 1:
+        raise ValueError(f"batches must be >= 1, got {batches}")
+    return islice(loader, batches)
+
+
 def is_static(scheme: Scheme) -> bool:
     """Whether a scheme needs calibration."""
     return scheme.activation is not None and scheme.activation.mode == "static"
@@ -106,9 +117,9 @@ def collecting(model: nn.Module, schemes: Mapping[str, Scheme]) -> Iterator[dict
     first = {id(parameter): name for name, _, _, parameter in reversed(list(owners(model)))}
     with ExitStack() as stack:
         for name, module, _, parameter in owners(model):
-            if first[id(parameter)] in needed and not isinstance(module, nn.Embedding):
+            if first[id(parameter)] in needed and not isinstance(module, nn.Embedding | nn.EmbeddingBag):
                 moment = moments.setdefault(first[id(parameter)], InputMoment())
-                stack.callback(module.register_forward_pre_hook(moment.hook(name)).remove)
+                stack.callback(module.register_forward_pre_hook(moment.hook(name), with_kwargs=True).remove)
         yield moments
 
 
@@ -125,13 +136,11 @@ def _range(name: str, weight: PackedWeight) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def _run(model: nn.Module, loader: Iterable[Any], batches: int) -> None:
-    if batches < 1:
-        raise ValueError(f"batches must be >= 1, got {batches}")
-    device = next((tensor.device for tensor in model.state_dict().values()), torch.device("cpu"))
+    device = next((t.device for t in model.state_dict().values() if isinstance(t, Tensor)), torch.device("cpu"))
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        for batch in islice(loader, batches):
+        for batch in first_batches(loader, batches):
             model(_first(batch, lambda tensor: tensor.to(device)))
     finally:
         for module, mode in modes.items():

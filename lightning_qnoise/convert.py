@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qnoise.attach import detach
-from lightning_qnoise.calibrate import calibrate, input_moments
+from lightning_qnoise.calibrate import calibrate, first_batches, input_moments, is_static
 from lightning_qnoise.contents import weight_name
 from lightning_qnoise.layers import PackedLayer, pack_layer, packed_names, packed_weights, quantizes_input, unpack_layer
 from lightning_qnoise.policy import Policy, resolve
@@ -41,10 +41,20 @@ def quantize(model: _Model, policy: Policy, loader: Iterable[Any] | None = None,
         (torch.Size([64, 64]), 'PackedLinear')
     """
     schemes = resolve(model, policy)
-    moments = input_moments(model, schemes, loader, batches)
+    data = None
+    if loader is not None and any(scheme.needs_inputs or is_static(scheme) for scheme in schemes.values()):
+        data = list(first_batches(loader, batches))  # looked at twice
+    moments = input_moments(model, schemes, data, batches)
     weights = {name: parameter.detach() for name, _, _, parameter in owners(model) if name in schemes}
+    before = list(owners(model))
     pack(model, encode_weights(weights, schemes, moments))
-    return model if loader is None else calibrate(model, loader, batches)
+    try:
+        return model if data is None else calibrate(model, data, batches)
+    except BaseException:
+        for _, module, attribute, parameter in before:
+            if module._parameters[attribute] is None:
+                unpack_layer(module, attribute, parameter)
+        raise
 
 
 def encode_weights(

@@ -85,7 +85,9 @@ class InputNoise:
             return *dynamic_grid(value, activation, self._shape), activation.range == "minmax"
         sample = value.flatten()
         if activation.range not in ("minmax", "ema"):
-            sample = sample[:: max(1, sample.numel() // _SAMPLE)]
+            if sample.numel() > _SAMPLE:  # a stride would meet few features where it shares a factor with their number
+                places = torch.arange(_SAMPLE, device=sample.device) * 2654435761 % sample.numel()
+                sample = sample[places]
         seen = torch.stack(find_range(sample.float(), activation.bits, activation.symmetric, activation.range))
         if in_training:
             self._seen = seen

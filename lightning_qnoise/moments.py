@@ -17,12 +17,12 @@ class InputMoment:
         self._sum: Tensor | None = None
         self._n = 0
 
-    def hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    def hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         """Return a forward pre-hook that looks at the input; `name` is for messages."""
 
         @torch.no_grad()
-        def see(module: nn.Module, args: tuple[Any, ...]) -> None:
-            columns = input_columns(module, args[0], name)  # [groups, n, cols]
+        def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            columns = input_columns(module, args[0] if args else kwargs["input"], name)  # [groups, n, cols]
             added = columns.mT @ columns
             self._sum = added if self._sum is None else self._sum + added
             self._n += columns.shape[1]

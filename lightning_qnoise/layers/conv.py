@@ -20,6 +20,6 @@ class PackedConv(PackedLayer):
 
     quantizes_input = True
 
-    def forward(self, input: Tensor, *args: Any) -> Tensor:
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return what the convolution returns, with the decoded weight."""
-        return super().forward(self.packed("weight").quantize_input(input), *args)
+        return super().forward(self.packed("weight").quantize_input(input), *args, **kwargs)

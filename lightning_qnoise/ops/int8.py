@@ -156,10 +156,8 @@ def _linear_rows(
         y.addcmul_(zero_point, weight.sums, value=-1).mul_(weight.scale)
         return torch.mul(y, scale, out=out) if bias is None else torch.addcmul(bias, y, scale, out=out)
     factor = scale * weight.scale
-    shift = weight.sums * zero_point
-    if bias is None:
-        return torch.mul(y.sub_(shift), factor, out=out)
-    return torch.addcmul(torch.addcmul(bias, shift, factor, value=-1), y, factor, out=out)
+    shift = weight.sums * zero_point * factor
+    return torch.addcmul(-shift if bias is None else bias - shift, y, factor, out=out)
 
 
 def _int_mm(left: Tensor, right: Tensor) -> Tensor:

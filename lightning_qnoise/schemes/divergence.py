@@ -53,5 +53,5 @@ def _divergence(counts: Tensor, size: int, n_levels: int) -> Tensor:
     shares = sums / p.new_zeros(len(p), n_levels).index_add_(1, level, filled).clamp_(min=1)
     q = shares[:, level] * filled
     p[:, -1] += counts[:, size:].sum(dim=1)
-    p, q = p / p.sum(dim=1, keepdim=True), q / q.sum(dim=1, keepdim=True)
+    p, q = p / p.sum(dim=1, keepdim=True), q / q.sum(dim=1, keepdim=True).clamp(min=1e-12)
     return torch.where(p > 0, p * (p / q.clamp(min=1e-12)).log(), 0.0).sum(dim=1)

@@ -81,6 +81,8 @@ class Int(Scheme):
         ):
             if value not in known:
                 raise ValueError(f"Int expects {name} {' or '.join(map(repr, known))}, got {value!r}")
+        if not isinstance(self.activation, Int | None):
+            raise ValueError(f"Int expects activation to be an Int or None, got {self.activation!r}")
         check_activation("Int", self.activation)
 
     def __str__(self) -> str:

@@ -71,10 +71,13 @@ class Observer:
         return torch.maximum(low, self._ends[0]), torch.minimum(high, self._ends[1])
 
     def _count(self, values: Tensor, largest: float) -> None:
-        if not 0 < largest < torch.inf:
+        if not largest < torch.inf:
             return
         if self._counts is None:
-            self._counts, self._limit = values.new_zeros(2, _BINS), largest
+            self._counts, self._limit = (
+                values.new_zeros(2, _BINS),
+                max(largest, _BINS * torch.finfo(torch.float32).tiny),
+            )
         while largest > self._limit:
             merged = self._counts.view(2, -1, 2).sum(dim=2)
             self._counts, self._limit = torch.nn.functional.pad(merged, (0, _BINS // 2)), 2 * self._limit

@@ -55,8 +55,11 @@ class PQ(Scheme):
 
     def __post_init__(self) -> None:
         for name in ("codebook", "activation"):
-            if isinstance(getattr(self, name), Mapping):  # from JSON
-                object.__setattr__(self, name, Int(**getattr(self, name)))
+            value = getattr(self, name)
+            if isinstance(value, Mapping):  # from JSON
+                object.__setattr__(self, name, Int(**value))
+            elif not isinstance(value, Int | None):
+                raise ValueError(f"PQ expects {name} to be an Int or None, got {value!r}")
         if self.block_size < 1:
             raise ValueError(f"PQ expects block_size >= 1, got {self.block_size}")
         if not 2 <= self.n_centroids <= 65536:

@@ -51,7 +51,7 @@ def find_range(
         counts = torch.ones_like(values)
     if method in ("mse", "lsq"):
         return _least_squares(values, counts, low, high, bits, symmetric)
-    threshold = _percentile(values, counts) if method == "percentile" else _divergence(values, counts, bits)
+    threshold = _percentile(values, counts) if method == "percentile" else _divergence(values, counts, bits, symmetric)
     return torch.maximum(low, -threshold), torch.minimum(high, threshold)
 
 
@@ -119,12 +119,14 @@ def _percentile(values: Tensor, counts: Tensor) -> Tensor:
     return magnitudes.gather(-1, place.clamp(max=values.shape[-1] - 1)).squeeze(-1)
 
 
-def _divergence(values: Tensor, counts: Tensor, bits: int) -> Tensor:
+def _divergence(values: Tensor, counts: Tensor, bits: int, symmetric: bool) -> Tensor:
     """The magnitude of least divergence, `[...]`."""
     rows, weights = values.abs().reshape(-1, values.shape[-1]), counts.reshape(-1, values.shape[-1])
     width = rows.amax(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny) / _BINS
     bins = (rows / width).long().clamp_(max=_BINS - 1)
     histogram = rows.new_zeros(len(rows), _BINS).scatter_add_(1, bins, weights)
-    is_one_sided = not ((values < 0).any() and (values > 0).any())
-    n_kept = least_divergence(histogram, n_levels=2**bits if is_one_sided else 2 ** (bits - 1))
+    n_kept = least_divergence(histogram, n_levels=2 ** (bits - 1))
+    is_one_sided = ~((values < 0).any(dim=-1) & (values > 0).any(dim=-1)).reshape(-1)
+    if not symmetric and is_one_sided.any():
+        n_kept[is_one_sided] = least_divergence(histogram[is_one_sided], n_levels=2**bits)
     return (n_kept * width.squeeze(1)).view(values.shape[:-1])

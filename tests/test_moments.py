@@ -1,0 +1,113 @@
+"""Columns of inputs: times the weight as a matrix they are the layer's output."""
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_qnoise import Int
+from lightning_qnoise.calibrate import collecting
+from lightning_qnoise.moments import input_columns
+
+CONVS = [
+    {"padding": padding, "padding_mode": mode, "stride": stride, "dilation": dilation, "groups": groups}
+    for mode in ("zeros", "reflect", "replicate", "circular")
+    for padding in (0, 2, "same", "valid")
+    for stride, dilation in ((1, 1), (2, 1), (1, 2), (3, 2))
+    for groups in (1, 2, 4)
+    if not (padding == "same" and stride > 1)
+]
+
+
+def output(module, columns):
+    """`[n, out]`, a place after another, from the columns."""
+    groups = columns.shape[0]
+    weights = module.weight.detach().flatten(1).view(groups, -1, columns.shape[-1])
+    out = torch.cat([c @ w.mT for c, w in zip(columns, weights, strict=True)], dim=1)
+    return out + module.bias.detach()
+
+
+@pytest.mark.parametrize("kind", [nn.Conv1d, nn.Conv2d])
+def test_columns_times_the_weight_are_the_output_of_a_convolution(kind):
+    for options in CONVS:
+        kernel, size = (3, (11,)) if kind is nn.Conv1d else ((3, 5), (9, 11))
+        module = kind(4, 8, kernel, **options)
+        for shape in ((3, 4, *size), (4, *size)):
+            x = torch.randn(shape)
+            columns = input_columns(module, x, "conv")
+            assert columns.shape[0] == options["groups"] and columns.shape[2] == module.weight[0].numel()
+            expected = module(x).detach()
+            expected = expected[None] if len(shape) == len(size) + 1 else expected
+            expected = expected.flatten(2).mT.reshape(-1, 8)  # sample after sample, place after place
+            torch.testing.assert_close(output(module, columns), expected, rtol=1e-4, atol=1e-5, msg=str(options))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kernel_size": (2, 3), "stride": (2, 1), "padding": (0, 2), "dilation": (1, 3)},
+        {"kernel_size": (5, 1), "padding": (3, 1), "padding_mode": "circular"},
+        {"kernel_size": (1, 1), "stride": 2, "groups": 2},
+        {"kernel_size": (4, 2), "padding": "same", "padding_mode": "reflect", "dilation": (1, 2)},
+    ],
+    ids=str,
+)
+def test_uneven_convolutions(options):
+    module, x = nn.Conv2d(4, 6, **options), torch.randn(2, 4, 8, 9)
+    expected = module(x).detach().flatten(2).mT.reshape(-1, 6)
+    torch.testing.assert_close(output(module, input_columns(module, x, "conv")), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(6,), (5, 6), (2, 5, 6), (2, 3, 5, 6), (0, 6)])
+def test_columns_of_a_linear_layer(shape):
+    module, x = nn.Linear(6, 4), torch.randn(shape)
+    columns = input_columns(module, x, "fc")
+    assert columns.shape == (1, x.numel() // 6, 6)
+    torch.testing.assert_close(output(module, columns), module(x).detach().view(-1, 4))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_columns_are_float32_and_without_a_graph(dtype):
+    x = torch.randn(2, 4, 7, dtype=dtype, requires_grad=True)
+    columns = input_columns(nn.Conv1d(4, 8, 3, dtype=dtype), x, "conv")
+    assert columns.dtype == torch.float32 and not columns.requires_grad
+
+
+def see(module, inputs):
+    with collecting(nn.Sequential(module), {"0.weight": Int(4, rounding="gptq")}) as moments:
+        for x in inputs:
+            module(x)
+    return moments["0.weight"].mean("layer")
+
+
+def test_the_moment_is_the_mean_over_all_inputs():
+    batches = [torch.randn(3, 6), torch.randn(2, 4, 6), torch.randn(6)]
+    rows = torch.cat([batch.view(-1, 6) for batch in batches]).double()
+    expected = sum(torch.outer(row, row) for row in rows) / len(rows)
+    moment = see(nn.Linear(6, 4), batches)
+    assert moment.shape == (6, 6)
+    torch.testing.assert_close(moment, expected.float())
+
+
+def test_a_grouped_convolution_has_a_moment_a_group():
+    module, x = nn.Conv2d(6, 9, 2, groups=3), torch.randn(4, 6, 5, 5)
+    moments = see(module, [x[:1], x[1:]])
+    assert moments.shape == (3, 8, 8)
+    for g in range(3):
+        alone = nn.Conv2d(2, 3, 2)
+        torch.testing.assert_close(moments[g], see(alone, [x[:, 2 * g : 2 * g + 2]]))
+    assert see(nn.Conv2d(6, 9, 2), [x]).shape == (24, 24)
+    assert see(nn.Conv1d(6, 6, 1, groups=6), [x[:, :, 0]]).shape == (6, 1, 1)
+
+
+def test_no_input_is_an_error_that_names_the_layer():
+    for inputs in ([], [torch.empty(0, 6)]):
+        with pytest.raises(ValueError, match="layer 'layer': no input has reached it"):
+            see(nn.Linear(6, 4), inputs)
+
+
+@pytest.mark.parametrize(
+    "module", [nn.Conv3d(2, 2, 1), nn.ConvTranspose1d(2, 2, 1), nn.ConvTranspose2d(2, 2, 1), nn.Bilinear(2, 2, 2)]
+)
+def test_other_layers_are_refused_by_name(module):
+    with pytest.raises(ValueError, match=rf"layer 'a\.b': .*Linear, Conv1d and Conv2d, not {type(module).__name__}"):
+        input_columns(module, torch.randn(1, 2, 3, 3), "a.b")
