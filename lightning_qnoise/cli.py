@@ -66,7 +66,7 @@ def _tool_parser() -> argparse.ArgumentParser:
     quantize = tools.add_parser("quantize", description="Compress a checkpoint into a packed file, without its code.")
     quantize.add_argument("checkpoint", type=Path)
     quantize.add_argument("out", type=Path, help="the packed file, *.safetensors")
-    quantize.add_argument("--policy", required=True, help="a preset (int8, int4, pq, ipq) or a JSON file")
+    quantize.add_argument("--policy", required=True, help="a preset (int8, int4, pq, ipq, ipq+int8) or a JSON file")
     quantize.set_defaults(run=lambda a: commands.quantize_file(a.checkpoint, a.out, a.policy))
 
     dequantize = tools.add_parser("dequantize", description="Write a packed file's weights as a float checkpoint.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from importlib.resources import files
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from lightning_qnoise.calibrate import is_static
 from lightning_qnoise.contents import FORMAT, Contents, PackedSpec, read, weight_name, write
 from lightning_qnoise.convert import check_finite
 from lightning_qnoise.policy import Policy, resolve
@@ -35,11 +36,11 @@ def quantize_file(source: Path, target: Path, policy: Policy) -> SizeTable:
     """Compress the weights of a checkpoint into a packed file that `load` takes; return its size.
 
     A checkpoint holds no layer classes, so globs match names only (`type:` matches nothing), and presets take every
-    tensor of two or more dimensions whose name holds "weight".
+    tensor of two or more dimensions whose name holds "weight". What enters a layer can be quantized dynamically only.
 
     Raises:
         FileNotFoundError: There is no such checkpoint.
-        ValueError: It is no float checkpoint, the policy does not fit it, or a selected weight holds NaN or Inf.
+        ValueError: It is no float checkpoint, the policy does not fit it or needs data, or a weight holds NaN or Inf.
     """
     contents = _contents(source)
     if contents.packed:
@@ -48,19 +49,29 @@ def quantize_file(source: Path, target: Path, policy: Policy) -> SizeTable:
     for name, first in contents.tied.items():
         names[first].append(name)
     weights = [
-        Weight(tuple(names[name]), frozenset(), tuple(tensor.shape), tensor.dtype)
+        Weight(tuple(names[name]), frozenset(), tuple(tensor.shape), tensor.dtype, None, _takes_input(name, names))
         for name, tensor in contents.tensors.items()
         if tensor.is_floating_point()
     ]
     tensors = dict(contents.tensors)
     specs = {}
     for name, scheme in resolve(weights, policy).items():
+        if scheme.needs_inputs or is_static(scheme):
+            raise ValueError(f"layer {name!r}: {scheme} needs data, which a checkpoint does not hold; use quantize()")
         weight = tensors.pop(name)
         check_finite(name, weight)
         tensors.update(scheme.encode(weight).state_dict(prefix=f"{name}."))
         specs[name] = PackedSpec(scheme, tuple(weight.shape), weight.dtype)
     write(target, Contents(tensors, specs, contents.tied))
     return file_size(target)
+
+
+def _takes_input(name: str, names: Container[str]) -> bool:
+    """Whether what enters the layer of a weight can be quantized, as far as names tell: not in torch's attention."""
+    layer, _, attribute = name.rpartition(".")
+    holder, _, own = layer.rpartition(".")
+    is_read_only = own == "out_proj" and f"{holder}.in_proj_weight".lstrip(".") in names
+    return attribute == "weight" and not is_read_only
 
 
 def dequantize_file(source: Path, target: Path) -> SizeTable:

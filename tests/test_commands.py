@@ -13,6 +13,8 @@ from lightning_qnoise import PQ, Int, load, quantize, save, size_table
 from lightning_qnoise.cli import main
 from lightning_qnoise.commands import dequantize_file, file_size, quantize_file, shipped_config
 from lightning_qnoise.convert import dense_state_dict
+from lightning_qnoise.layers import packed_weights
+from lightning_qnoise.policy import to_json
 
 
 class Tied(nn.Module):
@@ -30,6 +32,36 @@ POLICY = {"embed": PQ(block_size=4, n_centroids=16)}
 def checkpoint(model, path):
     torch.save({"state_dict": model.state_dict(), "epoch": 3}, path)
     return path
+
+
+@pytest.mark.parametrize("scheme", [Int(4, rounding="gptq"), Int(8, activation=Int(8, mode="static"))])
+def test_a_scheme_that_needs_data_is_refused(tmp_path, scheme):
+    torch.save({"state_dict": nn.Linear(8, 8).state_dict()}, tmp_path / "m.ckpt")
+    (tmp_path / "policy.json").write_text(to_json({"weight": scheme}))
+    with pytest.raises(ValueError, match=r"'weight'.*needs data"):
+        quantize_file(tmp_path / "m.ckpt", tmp_path / "m.safetensors", str(tmp_path / "policy.json"))
+    assert not (tmp_path / "m.safetensors").exists()
+
+
+def test_a_dynamic_activation_goes_into_the_file(tmp_path):
+    model = nn.Sequential(nn.Linear(64, 64))
+    torch.save({"state_dict": model.state_dict()}, tmp_path / "m.ckpt")
+    quantize_file(tmp_path / "m.ckpt", tmp_path / "m.safetensors", "ipq+int8")
+    loaded = load(nn.Sequential(nn.Linear(64, 64)), tmp_path / "m.safetensors")
+    assert loaded[0].packed("weight").scheme.activation == Int(8)
+
+
+@pytest.mark.parametrize("wrap", [nn.Identity, nn.Sequential])
+def test_what_enters_attention_stays_float(tmp_path, wrap):
+    def make():
+        attention = nn.MultiheadAttention(64, 4)
+        return attention if wrap is nn.Identity else nn.Sequential(attention)
+
+    torch.save({"state_dict": make().state_dict()}, tmp_path / "a.ckpt")
+    with pytest.warns(UserWarning, match=r"in_proj_weight, .*out_proj.weight stays float"):
+        quantize_file(tmp_path / "a.ckpt", tmp_path / "a.safetensors", "ipq+int8")
+    loaded = load(make(), tmp_path / "a.safetensors")
+    assert {weight.scheme.activation for _, weight in packed_weights(loaded)} == {None}
 
 
 def test_quantize_file_equals_quantize_and_save(tmp_path):

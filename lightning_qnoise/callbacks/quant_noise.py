@@ -25,12 +25,13 @@ class QuantNoise(Callback):
     """Train with quantization noise (Fan, Stock et al., "Training with Quantization Noise", ICLR 2021).
 
     In every training forward each block of the selected weights reads as its quantized value with probability `rate`,
-    with a straight-through gradient. Rate 1 is quantization-aware training. Parameters, state dict, optimizer and
+    with a straight-through gradient, and so does each element of what enters the layer, where its scheme has an
+    activation. Rate 1 is quantization-aware training. Parameters, state dict, optimizer and
     everything outside a training forward stay as they are without the callback. Logs `quant_noise/rate`.
 
     Args:
-        policy: Which layers become what: a preset (`"int8"`, `"int4"`, `"pq"`, `"ipq"`), one scheme, a mapping from
-            globs to schemes, or the path of a JSON policy. None switches the callback off.
+        policy: Which layers become what: a preset (`"int8"`, `"int4"`, `"pq"`, `"ipq"`, `"ipq+int8"`), one scheme, a
+            mapping from globs to schemes, or the path of a JSON policy. None switches the callback off.
         rate: Probability that a block is distorted: a number in [0, 1], a schedule, or any function of the
             training's progress in [0, 1]. The paper uses 0.05 to 0.2 for PQ and 0.5 for int8 and int4.
         kind: What a distorted block of PQ becomes: `"exact"` its codeword, `"zero"` zeros, `"mean"` the mean block.
