@@ -4,7 +4,9 @@ import pytest
 import torch
 from models import Attention, TiedByName, TiedByRead, draw, gradients, mlp, noisy, small_pq
 
-from lightning_qnoise.attach import attach
+from lightning_qnoise import Int
+from lightning_qnoise.attach import attach, attach_inputs
+from lightning_qnoise.input_noise import InputNoises
 from lightning_qnoise.policy import resolve
 
 X = torch.linspace(-1, 1, 4 * 16).view(4, 16)
@@ -70,3 +72,28 @@ def test_compiled_gradients_equal_the_eager_ones():
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     for got, want in zip(gradients(model, lambda: compiled(X)), expected, strict=True):
         torch.testing.assert_close(got, want)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("activation", [Int(4), Int(4, mode="static"), Int(4, mode="static", range="mse")])
+def test_noise_on_inputs_takes_the_whole_graph(activation, graphs):
+    model = mlp()
+    schemes = resolve(model, Int(8, activation=activation))
+    shapes = {name: weight.shape for name, weight in model.named_parameters()}
+    compiled = torch.compile(model, backend=graphs, fullgraph=True)
+    plain = compiled(X)
+    ours, eager = InputNoises(schemes, shapes), InputNoises(schemes, shapes)
+    seen = []
+    for step in range(6):
+        outputs = []
+        for noises, run in ((ours, compiled), (eager, model)):
+            attach_inputs(model, noises.of)
+            noises.draw(0.3 + 0.1 * step, torch.Generator().manual_seed(step))
+            outputs.append(run(X * (1 + step)))
+        torch.testing.assert_close(*outputs)
+        assert not torch.equal(outputs[0], plain)
+        seen.append(graphs.count)
+    assert seen[-1] == seen[2] <= 3  # one for the noise, and one for a running range that is there
+    if activation.mode == "static":
+        for name, noise in ours.of.items():
+            torch.testing.assert_close(noise.ends, eager.of[name].ends)
