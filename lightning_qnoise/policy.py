@@ -47,8 +47,9 @@ def resolve(model: nn.Module | Sequence[Weight], policy: Policy) -> dict[str, Sc
 
     Example:
         >>> from lightning_qnoise import Int
-        >>> resolve(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2)), {"1": None, "*": Int(bits=4)})
-        {'0.weight': Int(bits=4, granularity='channel', symmetric=False)}
+        >>> schemes = resolve(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2)), {"1": None, "*": Int(bits=4)})
+        >>> {name: str(scheme) for name, scheme in schemes.items()}
+        {'0.weight': "Int(bits=4, granularity='channel')"}
     """
     return {d.weight.name: d.scheme for d in decide(model, policy) if d.scheme is not None}
 

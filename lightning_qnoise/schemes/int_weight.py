@@ -64,8 +64,11 @@ class IntWeight(PackedWeight):
 
     def decode(self) -> Tensor:
         """Return `(codes - zero_point) * scale`."""
-        codes = unpack_bits(self.codes, self.scheme.bits, self.shape.numel()).view(*self.scale.shape, -1)
-        return affine_decode(codes, *self._grid()).view(self.shape).to(self.dtype)
+        bits = self.scheme.bits
+        values = (self.codes if bits == 8 else unpack_bits(self.codes, bits, self.shape.numel())).float()
+        scale, zero_point = self._grid()
+        grouped = values.view(*self.scale.shape, -1).sub_(zero_point).mul_(scale)  # in the memory of the result
+        return grouped.view(self.shape).to(self.dtype)
 
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Return `quantize_input(x) @ decode().T + bias`, `[..., out]`; in integers where that is possible."""
