@@ -16,8 +16,11 @@ from lightning_qnoise.presets import PRESETS, QUANTIZING_INPUTS
 from lightning_qnoise.schemes import Scheme
 from lightning_qnoise.weights import Weight, list_weights
 
-Policy = str | Scheme | Mapping[str, str | Scheme | None]
-"""A preset's name, one scheme for every layer that can take it, or a mapping glob -> scheme, preset or None."""
+Policy = str | Scheme | Mapping[str, str | Scheme | dict[str, Any] | None]
+"""A preset's name, one scheme for every layer that can take it, or a mapping glob -> scheme, preset or None.
+
+In a mapping a scheme may be plain data, as in a JSON file.
+"""
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,7 @@ def as_mapping(policy: Policy) -> Mapping[str, Rule]:
             raise ValueError(f"{policy!r} holds no policy: {error}") from error
     if not isinstance(policy, str | Scheme | Mapping):
         raise TypeError(f"a policy is a preset's name, a scheme or a mapping glob -> scheme, got {policy!r}")
-    mapping = policy if isinstance(policy, Mapping) else {"*": policy}
+    mapping = _with_schemes(policy) if isinstance(policy, Mapping) else {"*": policy}
     for glob, rule in mapping.items():
         if isinstance(rule, str) and rule not in PRESETS:
             raise ValueError(f"unknown preset {rule!r}; choose from {', '.join(PRESETS)}, or name a .json file")
@@ -114,7 +117,11 @@ def from_json(text: str) -> dict[str, Rule]:
     data: Any = json.loads(text)
     if not isinstance(data, dict):
         raise ValueError(f"a policy is a JSON object glob -> scheme, got {type(data).__name__}")
-    return {glob: Scheme.from_dict(rule) if isinstance(rule, dict) else rule for glob, rule in data.items()}
+    return _with_schemes(data)
+
+
+def _with_schemes(mapping: Mapping[str, Any]) -> dict[str, Rule]:
+    return {glob: Scheme.from_dict(rule) if isinstance(rule, dict) else rule for glob, rule in mapping.items()}
 
 
 def _decide(weight: Weight, rule: Rule, strict: bool) -> Decision:

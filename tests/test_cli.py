@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +13,7 @@ from lightning_qnoise import PQ, Int, LinearRate, load
 from lightning_qnoise.cli import add_quant_noise_args, main
 from lightning_qnoise.commands import file_size, shipped_config
 from lightning_qnoise.demos import DigitsClassifier
+from lightning_qnoise.policy import as_mapping, to_json
 
 pytestmark = pytest.mark.filterwarnings("ignore:The number of training batches:UserWarning")
 
@@ -78,6 +80,14 @@ def test_policy_as_json_mapping():
     scheme = '{"class_path": "Int", "init_args": {"bits": 3}}'
     noise, _ = callbacks(f'--quant_noise.policy={{"layer": {scheme}, "*": null, "type:Conv2d": "ipq"}}')
     assert noise.policy == {"layer": Int(bits=3), "*": None, "type:Conv2d": "ipq"}
+
+
+def test_policy_as_json_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    policy = {"layer": None, "*": Int(bits=3, activation=Int(8, mode="static")), "head": "ipq"}
+    Path("policy.json").write_text(to_json(policy))
+    noise, quantize = callbacks("--quant_noise.policy=policy.json", "--quantize.policy=policy.json")
+    assert as_mapping(noise.policy) == as_mapping(quantize.policy) == policy
 
 
 def test_fit_writes_a_file_that_loads(config, tmp_path):
