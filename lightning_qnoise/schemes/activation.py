@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from lightning_qnoise.schemes.ranges import affine_grid, find_range
@@ -43,7 +44,12 @@ def dynamic_grid(x: Tensor, activation: Int, weight_shape: Sequence[int]) -> tup
     n_own = min(max(1, len(weight_shape) - 1), x.ndim) if activation.per_token else x.ndim
     shared = x.shape[: x.ndim - n_own]
     values = x.detach().float().reshape(*shared, -1)
-    ends = find_range(values, activation.bits, activation.symmetric, activation.range)
-    scale, zero_point = affine_grid(*ends, activation.bits, activation.symmetric)
+    low, high = find_range(values, activation.bits, activation.symmetric, activation.range)
+    if activation.symmetric:
+        scale, zero_point = affine_grid(low, high, activation.bits, True)
+    else:  # the same in half the passes, which count where every input has them
+        levels = 2**activation.bits - 1
+        scale = (high / levels).sub_(low / levels).clamp_(min=torch.finfo(torch.float32).tiny)
+        zero_point = low.div(scale).neg_().round_()
     shape = (*shared, *[1] * n_own) if shared else ()
     return scale.view(shape), zero_point.view(shape)

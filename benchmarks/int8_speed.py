@@ -1,0 +1,120 @@
+"""What integer execution gains: the time of a model in float32 over that of the model packed as int8.
+
+Linear layers run in integers, convolutions and attention's own projections in floats (`set_memory(model, "fast")`).
+
+`python benchmarks/int8_speed.py` prints a row per model, batch and route and writes `results/int8_speed.csv` here.
+Everything runs on one thread, and its processor time is counted: the models take turns, each with a few calls in a
+row of which the fastest counts, as memory that the model before has given back must first be had again. A row holds
+the medians over the turns and their ratio.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import csv
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from lightning_qnoise import Int, quantize, set_memory
+from lightning_qnoise.demos import DigitsClassifier, TransformerLM
+
+CALLS = 7
+ROUTES = {
+    "weights only": None,
+    "dynamic per token": Int(8),
+    "dynamic per tensor": Int(8, per="tensor"),
+    "static": Int(8, mode="static"),
+}
+
+
+def packed(model: nn.Module, route: str, symmetric: bool, x: Tensor) -> nn.Module:
+    """Return a packed copy: int8 weights, decoded once where they are not multiplied in integers."""
+    model = copy.deepcopy(model)
+    quantize(model, Int(8, symmetric=symmetric, activation=ROUTES[route]), [x])
+    return set_memory(model, "fast")
+
+
+def text_model() -> nn.Module:
+    """The model of the text task."""
+    sys.path.insert(0, str(Path(__file__).parent))
+    from tasks.text import GPT
+
+    return GPT()
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Tensor]]] = {
+    "text task": (text_model, lambda n: torch.randint(0, 1024, (n, 64))),
+    "shipped LM": (TransformerLM, lambda n: torch.randint(0, 1024, (n, 64))),
+    "shipped convnet": (DigitsClassifier, lambda n: torch.randn(n, 1, 8, 8)),
+}
+
+
+def in_turns(models: dict[tuple[str, bool], nn.Module], x: Tensor, turns: int) -> dict[tuple[str, bool], float]:
+    """Return the median milliseconds of each model over the turns, of the fastest call in each."""
+    fastest = {key: [] for key in models}
+    for _ in range(turns):
+        for key, model in models.items():
+            seconds = []
+            for _ in range(CALLS):
+                start = time.thread_time()
+                model(x)
+                seconds.append(time.thread_time() - start)
+            fastest[key].append(1000 * min(seconds))
+    return {key: statistics.median(values) for key, values in fastest.items()}
+
+
+@torch.inference_mode()
+def measure(name: str, batch: int, turns: int) -> list[dict[str, object]]:
+    """Return a row per route."""
+    torch.manual_seed(0)
+    build, inputs = MODELS[name]
+    model, x = build().eval(), inputs(batch)
+    keys = [(route, symmetric) for route in ROUTES for symmetric in (False, True)]
+    models = {("float32", False): model} | {key: packed(model, *key, x) for key in keys}
+    ms = in_turns(models, x, turns)
+    reference = ms[("float32", False)]
+    return [
+        {
+            "model": name,
+            "batch": batch,
+            "route": route,
+            "weight": "symmetric" if symmetric else "asymmetric",
+            "ms": round(ms[route, symmetric], 3),
+            "fp32_ms": round(reference, 3),
+            "ratio": round(reference / ms[route, symmetric], 2),
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+        }
+        for route, symmetric in keys
+    ]
+
+
+def main() -> None:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--turns", type=int, default=25)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "int8_speed.csv")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = []
+    for name in arguments.models:
+        for batch in (1, 16):
+            for row in measure(name, batch, arguments.turns):
+                print(*row.values(), sep="  ", flush=True)
+                rows.append(row)
+    with arguments.out.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()
