@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from itertools import islice
 from typing import Any, TypeVar
@@ -68,6 +68,18 @@ def observing(model: nn.Module) -> Iterator[list[str]]:
             weight.observer = None
     for weight, ends in ranges.items():
         weight.set_input_range(*ends)
+
+
+@contextmanager
+def in_eval(model: nn.Module) -> Iterator[None]:
+    """Put every module into eval mode, and back into its own afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def first_batches(loader: Iterable[Any], batches: int) -> Iterator[Any]:
@@ -137,17 +149,12 @@ def _range(name: str, weight: PackedWeight) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def _run(model: nn.Module, loader: Iterable[Any], batches: int) -> None:
     device = next((t.device for t in model.state_dict().values() if isinstance(t, Tensor)), torch.device("cpu"))
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
+    with in_eval(model):
         for batch in first_batches(loader, batches):
-            model(_first(batch, lambda tensor: tensor.to(device)))
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+            model(_first(batch, device))
 
 
-def _first(batch: Any, move: Callable[[Tensor], Tensor]) -> Any:
+def _first(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, list | tuple):
         batch = batch[0]
-    return move(batch) if isinstance(batch, Tensor) else batch
+    return batch.to(device) if isinstance(batch, Tensor) else batch

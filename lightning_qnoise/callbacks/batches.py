@@ -29,18 +29,6 @@ def run_batches(trainer: Trainer, pl_module: LightningModule, n_batches: int) ->
 
 
 @contextmanager
-def in_eval(pl_module: LightningModule) -> Iterator[None]:
-    """Put every module into eval mode, and back into its own afterwards."""
-    modes = {module: module.training for module in pl_module.modules()}
-    pl_module.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-
-
-@contextmanager
 def _unlogged(pl_module: LightningModule) -> Iterator[None]:
     """`self.log` is not allowed where this runs."""
     names = ("log", "log_dict")

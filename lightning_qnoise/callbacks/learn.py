@@ -7,10 +7,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from lightning_qnoise.calibrate import collecting, is_static, observing
+from lightning_qnoise.calibrate import collecting, in_eval, is_static, observing
 from lightning_qnoise.callbacks.base import LightningModule, Trainer
 from lightning_qnoise.callbacks.batch_norm import reestimate
-from lightning_qnoise.callbacks.batches import in_eval, run_batches
+from lightning_qnoise.callbacks.batches import run_batches
 from lightning_qnoise.callbacks.evaluate import validate_again
 from lightning_qnoise.callbacks.fit import is_sharded_fit
 from lightning_qnoise.layers import packed_weights
