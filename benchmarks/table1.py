@@ -16,7 +16,7 @@ import logging
 import time
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,8 @@ class Cell:
 
     Attributes:
         base: The model trained before.
-        policy: "int8", "int4", or the size of product quantization: "L", "S", "XS"; None leaves it float.
+        policy: "int8", "int4", or the size of product quantization: "L", "S", "XS", with "+int8" for int8 codebooks
+            and activations; None leaves it float.
         steps: Part of the task's finetuning steps that the stage takes; 0 packs in one shot.
         noise_steps: Part of them that is spent before on finetuning the base with noise.
         finetune: Further settings of the stage.
@@ -80,6 +81,7 @@ def _cells(task: Any) -> dict[str, Cell]:
         cells[f"{size}: iPQ as published from float"] = Cell(
             float_, size, steps=1.0, finetune={"reassign": False, "guidance": None, "dropout": True}
         )
+        cells[f"{size}: iPQ + int8 from float"] = Cell(float_, f"{size}+int8", steps=1.0)
     return cells
 
 
@@ -138,7 +140,11 @@ class Runner:
 
     def policy(self, name: str) -> Policy:
         """Return the policy of a cell."""
-        return Int(bits=int(name[3:])) if name.startswith("int") else self.task.pq(name)
+        if name.startswith("int"):
+            return Int(bits=int(name[3:]))
+        size, _, extra = name.partition("+")
+        int8 = {"codebook": Int(8, "tensor"), "activation": Int(8)} if extra else {}
+        return {glob: scheme and replace(scheme, **int8) for glob, scheme in self.task.pq(size).items()}
 
     def compress(self, module: pl.LightningModule, cell: Cell, path: Path) -> None:
         """Write the packed file of a cell."""

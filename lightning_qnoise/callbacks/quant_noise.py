@@ -35,8 +35,8 @@ class QuantNoise(Callback):
         rate: Probability that a block is distorted: a number in [0, 1], a schedule, or any function of the
             training's progress in [0, 1]. The paper uses 0.05 to 0.2 for PQ and 0.5 for int8 and int4.
         kind: What a distorted block of PQ becomes: `"exact"` its codeword, `"zero"` zeros, `"mean"` the mean block.
-        refresh: When PQ codebooks are clustered anew: every `"epoch"`, or every so many batches. Blocks are assigned
-            to the nearest codeword of the moment in every batch.
+        refresh: When PQ codebooks are clustered and integer ranges other than min-max are fitted anew: every `"epoch"`,
+            or every so many batches. Blocks are assigned to the nearest codeword of the moment in every batch.
         seed: Seed of the masks. Ranks draw different masks; the global random state is not touched.
         enabled: False makes the callback do nothing.
 
