@@ -10,7 +10,7 @@ CONSTRAINTS := requirements/constraints.txt
 TORCH := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' $(CONSTRAINTS))
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 DOCS := $(wildcard README.md) lightning_qnoise
-# kernels/ imports triton, which only comes with the CUDA builds of torch.
+# kernels/ imports triton, which is not there on every platform.
 DOCTEST := --doctest-modules --doctest-glob=README.md --ignore=lightning_qnoise/kernels
 
 .PHONY: help install demo test slow lint types docs notebooks bench clean

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from lightning_qnoise.ops import pq_decode, pq_embedding, pq_linear
 from lightning_qnoise.schemes.base import matrix_shape
 from lightning_qnoise.schemes.bits import pack_bits, unpack_bits
 from lightning_qnoise.schemes.int_weight import IntWeight
@@ -65,14 +66,19 @@ class PQWeight(PackedWeight):
 
     def decode(self) -> Tensor:
         """Look every block up in the codebook."""
-        return nn.functional.embedding(self.indices(), self._table()).view(self.shape).to(self.dtype)
+        return pq_decode(self.indices(), self._table(), self.dtype).view(self.shape)
+
+    def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Return `quantize_input(x) @ decode().T + bias`, `[..., out]`, without the whole weight in memory."""
+        if self.memory == "fast" and not torch.is_grad_enabled():
+            return super().linear(x, bias)
+        return pq_linear(self.quantize_input(x), self.indices(), self._table().to(self.dtype), bias)
 
     def embedding(self, ids: Tensor) -> Tensor:
         """Decode only the rows that are asked for, unless all are there."""
         if self.memory == "fast":
             return super().embedding(ids)
-        codes = nn.functional.embedding(ids, self.indices())  # [*ids.shape, cols // block_size]
-        return nn.functional.embedding(codes, self._table()).flatten(-2).to(self.dtype)
+        return pq_embedding(ids, self.indices(), self._table(), self.dtype)
 
     @torch.no_grad()
     def follow(self, weight: Tensor, mask: Tensor) -> None:
