@@ -68,9 +68,9 @@ def _cells(task: Any) -> dict[str, Cell | Peer]:
         if name in ("W4A8", "W4A4"):
             cells[f"{name} PTQ, gptq"] = Cell(Base(), f"{name}, gptq")
             cells[f"{name} Quant-Noise, gptq"] = Cell(Base(name, 0.5), f"{name}, gptq")
-        if "static" not in name and name != "W8A8 linear":
-            cells[f"{name} QAT"] = Cell(Base(name, 1.0), name)
-            cells[f"{name} Quant-Noise"] = Cell(Base(name, 0.5), name)
+        if "static" not in name:
+            rates = {"QAT": 1.0} | ({"Quant-Noise": 0.5} if name != "W8A8 linear" else {})
+            cells |= {f"{name} {method}": Cell(Base(name, rate), name) for method, rate in rates.items()}
     for method in ("PTQ", "QAT"):
         for weight, activation in ((8, 8), (4, 8)) if is_text else ((8, 8), (4, 8), (4, 4)):
             layers = ("groups of 32, linear" if weight == 4 else "linear") if is_text else "static"

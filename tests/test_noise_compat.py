@@ -112,7 +112,7 @@ def test_a_forward_at_rate_one_is_that_of_the_packed_model(policy):
     model = mlp()
     packed = quantize(copy.deepcopy(model), {"*": policy})
     noisy(model, {"*": policy}, rate=1.0)
-    assert torch.equal(model(X), packed(X))
+    torch.testing.assert_close(model(X), packed(X), rtol=1e-6, atol=1e-6)  # sums are taken in another order
 
 
 def test_channels_last_convolutions():

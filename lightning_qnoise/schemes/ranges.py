@@ -93,9 +93,9 @@ def affine_decode(codes: Tensor | float, scale: Tensor, zero_point: Tensor) -> T
 
 
 def round_trip(values: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
-    """Return `values` on the grid, in their own dtype."""
-    codes = affine_round(values.float(), scale, zero_point, bits)
-    return affine_decode(codes, scale, zero_point).to(values.dtype)
+    """Return `values` on the grid, in their own dtype: their codes, decoded. Without a gradient."""
+    found = (values.detach().float() / scale).add_(zero_point).round_().clamp_(0, 2**bits - 1)
+    return found.sub_(zero_point).mul_(scale).to(values.dtype)  # in one piece of memory
 
 
 def _least_squares(
