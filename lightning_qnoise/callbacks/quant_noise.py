@@ -173,7 +173,7 @@ class QuantNoise(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take what `state_dict` returned."""
         self._batches = state_dict["batches"]
-        self._restored = {"targets": state_dict["targets"], "inputs": state_dict["inputs"]}
+        self._restored = {"targets": state_dict["targets"], "inputs": state_dict.get("inputs", {})}
 
     def _refresh(self, trainer: Trainer) -> None:
         noises = {name: noise for name, noise in self._noises.items() if noise.is_fitted}
