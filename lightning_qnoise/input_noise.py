@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -109,14 +109,11 @@ class InputNoises:
     Args:
         schemes: Weight name -> scheme; those with an activation get noise.
         shapes: Weight name -> shape.
-        in_eval: See `InputNoise`.
     """
 
-    def __init__(
-        self, schemes: Mapping[str, Scheme], shapes: Mapping[str, Sequence[int]], in_eval: bool = False
-    ) -> None:
+    def __init__(self, schemes: Mapping[str, Scheme], shapes: Mapping[str, Sequence[int]]) -> None:
         self.of: dict[str, InputNoise] = {
-            name: InputNoise(scheme.activation, shapes[name], name, in_eval)
+            name: InputNoise(scheme.activation, shapes[name], name)
             for name, scheme in schemes.items()
             if scheme.activation is not None
         }
@@ -136,11 +133,10 @@ class InputNoises:
         for noise in self.of.values():
             noise.follow()
 
-    def stop(self, names: Iterable[str] | None = None) -> None:
-        """Leave the inputs of the named layers alone until the next draw; None stops all."""
-        for name in self.of if names is None else names:
-            if name in self.of:
-                self.of[name].active = False
+    def stop(self) -> None:
+        """Leave the inputs alone until the next draw."""
+        for noise in self.of.values():
+            noise.active = False
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the running ranges."""
