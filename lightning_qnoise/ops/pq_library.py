@@ -1,29 +1,15 @@
-"""Registers the operators of `pq`: `Library.define` and `impl` cost less per call than `torch.library.custom_op`."""
+"""Registers the operators of `pq`: their references, gradients and routes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_qnoise.ops import pq_cpu, pq_grad
-
-_SCHEMAS = [
-    "pq_decode(Tensor codes, Tensor codebook, ScalarType? dtype=None, bool average=False) -> Tensor",
-    "pq_linear(Tensor x, Tensor codes, Tensor codebook, Tensor? bias=None, bool average=False) -> Tensor",
-    "pq_embedding(Tensor ids, Tensor codes, Tensor codebook, ScalarType? dtype=None, int? padding_idx=None, "
-    "bool average=False) -> Tensor",
-    "pq_input_grad(Tensor grad, Tensor codes, Tensor codebook) -> Tensor",
-    "pq_codebook_grad(Tensor grad, Tensor x, Tensor codes, Tensor codebook, bool average) -> Tensor",
-    "pq_segment_sum(Tensor grad, Tensor picked, Tensor codebook, Tensor? codes) -> Tensor",
-]
-_LIBRARY = torch.library.Library("lightning_qnoise", "FRAGMENT")
-for _schema in _SCHEMAS:
-    _LIBRARY.define(_schema)
-_OPS = torch.ops.lightning_qnoise
+from lightning_qnoise.ops.library import OPS, register
 
 
 def _check(codes: Tensor, codebook: Tensor, x: Tensor | None = None, bias: Tensor | None = None) -> None:
@@ -103,7 +89,7 @@ def _setup_decode(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 def _backward_decode(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     codes, codebook = ctx.saved_tensors
-    return None, _OPS.pq_segment_sum(grad, codes, codebook, codes if ctx.average else None), None, None
+    return None, OPS.pq_segment_sum(grad, codes, codebook, codes if ctx.average else None), None, None
 
 
 def _setup_linear(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -115,8 +101,8 @@ def _setup_linear(ctx: Any, inputs: tuple, output: Tensor) -> None:
 def _backward_linear(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, codes, codebook = ctx.saved_tensors
     needs = ctx.needs_input_grad  # ends with the last argument that is not its default
-    to_x = _OPS.pq_input_grad(grad, codes, codebook) if needs[0] else None
-    to_codebook = _OPS.pq_codebook_grad(grad, x, codes, codebook, ctx.average) if needs[2] else None
+    to_x = OPS.pq_input_grad(grad, codes, codebook) if needs[0] else None
+    to_codebook = OPS.pq_codebook_grad(grad, x, codes, codebook, ctx.average) if needs[2] else None
     sums = tuple(range(grad.ndim - 1))
     to_bias = (grad.sum(sums) if sums else grad).to(ctx.bias_dtype) if ctx.bias_dtype and needs[3] else None
     return to_x, None, to_codebook, to_bias, None
@@ -132,51 +118,42 @@ def _backward_embedding(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.padding_idx is not None:
         grad = grad.masked_fill((ids == ctx.padding_idx)[..., None], 0)
     picked = F.embedding(ids, codes)
-    to_codebook = _OPS.pq_segment_sum(grad, picked, codebook, codes if ctx.average else None)
+    to_codebook = OPS.pq_segment_sum(grad, picked, codebook, codes if ctx.average else None)
     return None, None, to_codebook, None, None, None
 
 
-def _no_second(ctx: Any, grad: Tensor) -> NoReturn:
-    raise RuntimeError("the operators on a product-quantized matrix have no second derivative")
-
-
-def _without_autocast(name: str, device_type: str, casts: bool) -> Callable[..., Tensor]:
-    """Return what runs under autocast: as `F.linear` does, it casts, then computes as it is told."""
-
-    def cast(value: Any) -> Any:
-        fits = isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64
-        return value.to(torch.get_autocast_dtype(device_type)) if fits else value
-
-    def run(*args: Any) -> Tensor:
-        with torch.autocast(device_type, enabled=False):
-            return getattr(_OPS, name)(*map(cast, args) if casts else args)
-
-    return run
-
-
-def _register() -> None:
-    kernels: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
-        "pq_decode": (_decode, _decode),
-        "pq_linear": (_linear, _fake_linear),
-        "pq_embedding": (_embedding, _embedding),
-        "pq_input_grad": (pq_grad.input_grad, _fake_input_grad),
-        "pq_codebook_grad": (pq_grad.codebook_grad, _fake_codebook_grad),
-        "pq_segment_sum": (pq_grad.segment_sum, _fake_segment_sum),
-    }
-    backwards = {
-        "pq_decode": (_backward_decode, _setup_decode),
-        "pq_linear": (_backward_linear, _setup_linear),
-        "pq_embedding": (_backward_embedding, _setup_embedding),
-    }
-    for name, (kernel, fake) in kernels.items():
-        full, (backward, setup) = f"lightning_qnoise::{name}", backwards.get(name, (_no_second, None))
-        _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
-        torch.library.register_fake(full, fake, lib=_LIBRARY)
-        torch.library.register_autograd(full, backward, setup_context=setup, lib=_LIBRARY)
-        for key in ("CPU", "CUDA"):
-            _LIBRARY.impl(name, _without_autocast(name, key.lower(), name == "pq_linear"), f"Autocast{key}")
-    _LIBRARY.impl("pq_decode", _decode_cpu, "CPU")
-    _LIBRARY.impl("pq_linear", _linear_cpu, "CPU")
-
-
-_register()
+_EMBEDDING = (
+    "pq_embedding(Tensor ids, Tensor codes, Tensor codebook, ScalarType? dtype=None, int? padding_idx=None, "
+    "bool average=False) -> Tensor"
+)
+register(
+    "pq_decode(Tensor codes, Tensor codebook, ScalarType? dtype=None, bool average=False) -> Tensor",
+    _decode,
+    _decode,
+    cpu=_decode_cpu,
+    backward=_backward_decode,
+    setup=_setup_decode,
+)
+register(
+    "pq_linear(Tensor x, Tensor codes, Tensor codebook, Tensor? bias=None, bool average=False) -> Tensor",
+    _linear,
+    _fake_linear,
+    cpu=_linear_cpu,
+    backward=_backward_linear,
+    setup=_setup_linear,
+    casts=True,
+)
+register(_EMBEDDING, _embedding, _embedding, backward=_backward_embedding, setup=_setup_embedding)
+register(
+    "pq_input_grad(Tensor grad, Tensor codes, Tensor codebook) -> Tensor", pq_grad.input_grad, _fake_input_grad
+)
+register(
+    "pq_codebook_grad(Tensor grad, Tensor x, Tensor codes, Tensor codebook, bool average) -> Tensor",
+    pq_grad.codebook_grad,
+    _fake_codebook_grad,
+)
+register(
+    "pq_segment_sum(Tensor grad, Tensor picked, Tensor codebook, Tensor? codes) -> Tensor",
+    pq_grad.segment_sum,
+    _fake_segment_sum,
+)
