@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from lightning_qnoise.calibrate import calibrate
+from lightning_qnoise.codebooks import train_codebooks
 from lightning_qnoise.convert import dequantize, quantize
 from lightning_qnoise.distill import Guidance
 from lightning_qnoise.export import export_onnx
@@ -39,6 +40,7 @@ __all__ = [
     "save",
     "set_memory",
     "size_table",
+    "train_codebooks",
 ]
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from lightning_qnoise.codebooks import stored_state_dict
 from lightning_qnoise.contents import PackedSpec, weight_name
 from lightning_qnoise.layers import packed_weights
 from lightning_qnoise.policy import Policy, resolve
@@ -35,7 +36,7 @@ def stored_tensors(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]
     first: dict[int, str] = {}
     tensors: dict[str, Tensor] = {}
     tied: dict[str, str] = {}
-    for name, value in module.state_dict(keep_vars=True).items():
+    for name, value in stored_state_dict(module).items():
         if not isinstance(value, Tensor):
             raise ValueError(f"{name!r} in the state dict is a {type(value).__name__}, only tensors can be stored")
         if id(value) in first:

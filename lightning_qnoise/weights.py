@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lightning_qnoise.layers import quantizes_input
+from lightning_qnoise.schemes import PackedWeight
 from lightning_qnoise.sharding import is_cut_in_rows
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -80,8 +81,13 @@ def _read_as(name: str) -> str:
 
 
 def owners(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
-    """Yield `(full name, module, attribute, parameter)` for every name of every Parameter, in the model's order."""
+    """Yield `(full name, module, attribute, parameter)` for every name of every Parameter, in the model's order.
+
+    A codebook that is trained (`train_codebooks`) is none of the model's own.
+    """
     for prefix, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, PackedWeight):
+            continue
         for attribute, parameter in module._parameters.items():
             if parameter is not None:
                 yield f"{prefix}.{attribute}" if prefix else attribute, module, attribute, parameter

@@ -129,7 +129,7 @@ def test_modes_are_restored_also_nested_and_on_error(fails):
     before = modes_of(model)
     loader = [torch.randn(4, 5 if fails else 6)]
     if fails:
-        with pytest.raises(RuntimeError):
+        with pytest.raises(ValueError, match="6 codes of 8 bits, not 8 x 5"):
             calibrate(model, loader)
         with pytest.raises(RuntimeError):
             quantize(Net(), Int(4, rounding="gptq"), loader)

@@ -28,11 +28,12 @@ def test_the_same_values_decoded_once(policy):
     with torch.inference_mode():
         expected = lean(ids)
         for _ in range(3):
-            torch.testing.assert_close(fast(ids), expected, rtol=0, atol=0)
+            torch.testing.assert_close(fast(ids), expected, rtol=0, atol=1e-6)
     assert sorted(decoded) == [0, 1, 3]
-    torch.testing.assert_close(fast(ids), expected, rtol=0, atol=0)
+    torch.testing.assert_close(fast(ids), expected, rtol=0, atol=1e-6)
     assert len(decoded) > 3  # with gradients nothing is kept
-    assert not any(lean[index].packed("weight")._made.get("dense") is not None for index in (0, 1, 3))
+    kept = [key for index in (0, 1, 3) for key in lean[index].packed("weight")._made]
+    assert set(kept) <= {"codes"}  # where they are not stored in whole bytes
 
 
 @torch.no_grad()
@@ -43,7 +44,8 @@ def test_what_is_kept_follows_the_weight():
     for index in (0, 1, 3):
         other[index].packed("weight").codes.random_(0, 255)
     fast.load_state_dict(other.state_dict())
-    assert torch.equal(fast(ids), other(ids)) and not torch.equal(fast(ids), first)
+    torch.testing.assert_close(fast(ids), other(ids), rtol=0, atol=1e-6)
+    assert (fast(ids) - first).abs().max() > 0.1
     fast.double()
     assert fast(ids).dtype == torch.float64
     set_memory(fast, "lean")

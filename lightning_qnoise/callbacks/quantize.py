@@ -215,7 +215,7 @@ class Quantize(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keep the user's keys in the checkpoints of a packed model."""
-        if next(packed_weights(pl_module), None) is not None:
+        if self.enabled and next(packed_weights(pl_module), None) is not None:
             checkpoint["state_dict"] = dense_state_dict(pl_module)
 
     def state_dict(self) -> dict[str, Any]:

@@ -100,17 +100,18 @@ class GraphPQ(GraphWeight):
         bits = packed.scheme.bits
         shelf.put("codes", packed.indices().to(torch.uint8 if bits <= 8 else torch.int16), bits)
         self.codebook: GraphInt | None = None
-        if isinstance(packed.codebook, IntWeight):
+        codebook = packed.stored_codebook()
+        if isinstance(codebook, IntWeight):
             inner = Shelf(shelf.layer, f"{shelf.prefix}codebook_", shelf.names, shelf.narrow)
-            self.codebook = GraphInt(packed.codebook, inner)
+            self.codebook = GraphInt(codebook, inner)
         else:
-            shelf.put("codebook", packed.codebook)
+            shelf.put("codebook", codebook)
 
     def decode(self) -> Tensor:
         """Return the weight, of `shape` and `dtype`."""
         return self._codewords(self._codes()).view(self.shape).to(self.dtype)
 
-    def embedding(self, ids: Tensor) -> Tensor:
+    def embedding(self, ids: Tensor, padding_idx: int | None = None) -> Tensor:
         """Return the rows `ids`, `[*ids.shape, dim]`: only those are decoded."""
         return self._codewords(F.embedding(ids, self._codes())).flatten(-2).to(self.dtype)
 

@@ -1,4 +1,4 @@
-"""The assignment of k-means: the nearest centroid of each block, with no `[N, K]` matrix in memory."""
+"""The assignment of k-means: each block's nearest centroid and how far it is, with no `[N, K]` matrix in memory."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ def assign_kernel(
     blocks,
     centroids,
     codes,
+    distances,
     stride_n,
     stride_d,
     n_blocks,
@@ -36,19 +37,22 @@ def assign_kernel(
         inside = (k[None, :] < n_centroids) & (e[:, None] < D)
         right = tl.load(centroids + k[None, :] * D + e[:, None], mask=inside, other=0.0).to(tl.float32)
         score = tl.sum(right * right, axis=0)[None, :] * 0.5 - tl.dot(left, right, input_precision="ieee")
-        # a centroid that is NaN is never the nearest
-        score = tl.where((k[None, :] < n_centroids) & (score == score), score, float("inf"))
+        score = tl.where(score == score, score, float("-inf"))  # as for torch's minima, NaN is the least
+        score = tl.where(k[None, :] < n_centroids, score, float("inf"))
         least, at = tl.min(score, axis=1, return_indices=True, return_indices_tie_break_left=True)
         closer = least < best
         best = tl.where(closer, least, best)
         code = tl.where(closer, first + at, code)
-    tl.store(codes + n, code, mask=n < n_blocks)
+    distance = tl.where(best == float("-inf"), float("nan"), 2 * best + tl.sum(left * left, axis=1))
+    tl.store(codes + n, code.to(tl.int64), mask=n < n_blocks)
+    tl.store(distances + n, distance, mask=n < n_blocks)
 
 
-def pq_assign(blocks: Tensor, centroids: Tensor) -> Tensor:
-    """Return the index of the nearest centroid of each block, int32 `[N]`; of equally near ones, the first.
+def pq_assign(blocks: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the nearest centroid of each block, int64 `[N]`, and the squared distance to it, float32 `[N]`.
 
-    The distances are in float32. A block that is NaN or infinite gets some valid index.
+    Of equally near ones it is the first. A distance that rounds below zero stays there. The distance to a NaN is NaN
+    and the least of all, and to something infinite it is NaN or infinite.
 
     Args:
         blocks: `[N, d]`, of any strides, float16, bfloat16 or float32; d is 64 at most.
@@ -66,22 +70,25 @@ def pq_assign(blocks: Tensor, centroids: Tensor) -> Tensor:
     if len(centroids) == 0 or not centroids.is_contiguous():
         raise ValueError(f"the centroids have to be contiguous and not none, got {list(centroids.shape)}")
     check_device(assign_kernel, blocks, centroids)
-    codes = blocks.new_empty(len(blocks), dtype=torch.int32)
-    if len(blocks) == 0:
-        return codes
+    n, d = blocks.shape
+    codes, distances = blocks.new_empty(n, dtype=torch.int64), blocks.new_empty(n, dtype=torch.float32)
+    if n == 0:
+        return codes, distances
+    wide = d > 16  # then smaller parts of the products stay in registers
     with torch.cuda.device_of(blocks):
-        assign_kernel[(triton.cdiv(len(blocks), 128),)](
+        assign_kernel[(triton.cdiv(n, 128),)](
             blocks,
             centroids,
             codes,
+            distances,
             *blocks.stride(),
-            len(blocks),
+            n,
             len(centroids),
-            D=blocks.shape[1],
-            WIDTH=max(triton.next_power_of_2(blocks.shape[1]), 16),  # the least that a dot takes
+            D=d,
+            WIDTH=max(triton.next_power_of_2(d), 16),  # the least that a dot takes
             BLOCK_N=128,
-            BLOCK_K=64,
-            num_warps=4,
+            BLOCK_K=32 if wide else 64,
+            num_warps=8 if wide else 4,
             num_stages=1,
         )
-    return codes
+    return codes, distances

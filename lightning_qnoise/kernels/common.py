@@ -1,4 +1,4 @@
-"""What the launchers share: the checks of their arguments, the codes out of the words, the sum of split results."""
+"""What the launchers share: the checks of their arguments, how codes are read, the sum of split results."""
 
 from __future__ import annotations
 
@@ -13,15 +13,14 @@ from triton.runtime.interpreter import InterpretedFunction
 TL_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
 
-class Sizes(NamedTuple):
-    """What `words` and `codebook` say about a weight `[out, in]`, see `check_codes`."""
+class Tiles(NamedTuple):
+    """How one lane reads the codes of one row: `tile` words at once, `per_word` codes each, see `code_tiles`."""
 
-    groups: int
-    n_out: int
-    n_centroids: int
-    width: int  # of a row of the codebook, a power of two
-    groups_per_codebook: int
+    words: Tensor  # [out, groups / per_word]
+    strides: tuple[int, int]  # in tiles from row to row, in words from word to word
     per_word: int
+    tile: int
+    steps: int  # tiles of a row; the last one is whole
 
 
 def interpreted(kernel: Any) -> bool:
@@ -45,35 +44,49 @@ def check_dtypes(*tensors: Tensor | None) -> None:
         raise TypeError(f"a Triton kernel computes in float16, bfloat16 or float32, got {sorted(wrong)}")
 
 
-def check_codes(words: Tensor, codebook: Tensor, n_in: int, block_size: int, bits: int) -> Sizes:
-    """Check the layout of codes and codebook, see `layout`, and return the sizes.
-
-    An element of `words` holds as many codes of `bits` as fit: 4 in an int32 of `pack_words`, 1 in a uint8.
-    """
-    if words.dtype not in (torch.uint8, torch.int16, torch.int32) or bits not in (1, 2, 4, 8, 16):
-        raise TypeError(f"codes of 1 to 16 bits, a power of two, in uint8, int16 or int32; got {bits} in {words.dtype}")
-    per_word, groups = 8 * words.element_size() // bits, triton.cdiv(n_in, block_size)
-    expected = triton.cdiv(groups, max(per_word, 1))
-    if not per_word or words.ndim != 2 or len(words) != expected or not words.is_contiguous():
-        got = f"{words.dtype} {list(words.shape)} with strides {words.stride()}"
-        raise ValueError(f"{groups} groups of codes of {bits} bits are contiguous [{expected}, out], got {got}")
-    width = triton.next_power_of_2(block_size)
-    if codebook.ndim != 3 or codebook.shape[2] != width or not codebook.is_contiguous() or groups % len(codebook):
-        got = f"{list(codebook.shape)} with strides {codebook.stride()}"
-        raise ValueError(f"a codebook is contiguous [n, K, {width}] and n divides {groups} groups, got {got}")
+def check_codes(codes: Tensor, codebook: Tensor) -> None:
+    """Check codes `[out, groups]` and codebook `[K, d]`, both of any strides."""
+    if codes.dtype not in (torch.uint8, torch.int16, torch.int32):
+        raise TypeError(f"codes are in uint8, int16 or int32, got {codes.dtype}")
+    if codes.ndim != 2 or codebook.ndim != 2 or not codebook.numel():
+        shapes = f"{list(codes.shape)} and {list(codebook.shape)}"
+        raise ValueError(f"codes and codebook are [out, groups] and [K, d] with K, d > 0, got {shapes}")
     check_dtypes(codebook)
-    n_codebooks, n_centroids, _ = codebook.shape
-    return Sizes(groups, words.shape[1], n_centroids, width, groups // n_codebooks, per_word)
 
 
-def check_input(x: Tensor, n_in: int, n_out: int, bias: Tensor | None, scale: Tensor | None) -> None:
-    """Check the input `[M, in]` and what the result `[M, out]` is scaled and shifted by."""
-    check_dtypes(x, bias, scale)
+def check_input(x: Tensor, codes: Tensor, codebook: Tensor, bias: Tensor | None, splits: int | None) -> None:
+    """Check the arguments of a product `x W^T + bias`."""
+    check_codes(codes, codebook)
+    check_dtypes(x, bias)
+    n_out, n_in = codes.shape[0], codes.shape[1] * codebook.shape[1]
     if x.ndim != 2 or x.shape[1] != n_in:
         raise ValueError(f"the input is [M, {n_in}], got {list(x.shape)}")
-    for name, vector in (("bias", bias), ("scale", scale)):
-        if vector is not None and (vector.shape != (n_out,) or not vector.is_contiguous()):
-            raise ValueError(f"the {name} is contiguous [{n_out}], got {list(vector.shape)}")
+    if bias is not None and (bias.shape != (n_out,) or not bias.is_contiguous()):
+        raise ValueError(f"the bias is contiguous [{n_out}], got {list(bias.shape)}")
+    if codebook.shape[1] > 32:  # unrolled, a larger one takes too many registers and minutes to compile
+        raise ValueError(f"the kernels of products take blocks of 32 columns at most, got {codebook.shape[1]}")
+    if splits is not None and splits < 1:
+        raise ValueError(f"a sum has 1 part or more, got {splits}")
+
+
+def product_of_nothing(x: Tensor, n_out: int, bias: Tensor | None) -> Tensor:
+    """Return `x W^T + bias` for a weight or an input without elements."""
+    y = x.new_zeros(len(x), n_out)
+    return y if bias is None else y + bias.to(x.dtype)
+
+
+def code_tiles(codes: Tensor, widest: int = 4) -> Tiles:
+    """Return how to read codes `[out, groups]` where they lie, at most `widest` words, 1 or 4, at once.
+
+    A lane reads 16 bytes of its row, if rows are of whole 16 bytes.
+    """
+    (stride_o, stride_g), groups, per_word = codes.stride(), codes.shape[1], 1
+    starts = (stride_o, codes.storage_offset(), codes.data_ptr(), groups)
+    if codes.dtype == torch.uint8 and stride_g == 1 and not any(n % 4 for n in starts):
+        codes, stride_o, per_word = codes.view(torch.int32), stride_o // 4, 4
+    n_words = codes.shape[1]
+    tile = 1 if n_words % widest or stride_o % widest else widest
+    return Tiles(codes, (stride_o // tile, stride_g), per_word, tile, n_words // tile)
 
 
 def n_splits(device: torch.device, programs: int, steps: int, per_processor: int = 4) -> int:
@@ -83,9 +96,34 @@ def n_splits(device: torch.device, programs: int, steps: int, per_processor: int
 
 
 @triton.jit
-def code_of(word, group, BITS: tl.constexpr, PER_WORD: tl.constexpr):
-    """Return the code of a group out of the word that holds it."""
-    return (word.to(tl.int32) >> ((group % PER_WORD) * BITS)) & ((1 << BITS) - 1)
+def tile_pointers(words, rows, n_out, stride_o, stride_w, TILE: tl.constexpr):
+    """Return the addresses `[rows, TILE]` of the first tile of some rows; past the end, those of the last row.
+
+    The stride counts tiles so that the compiler sees that a row starts at one.
+    """
+    inside = tl.minimum(rows, n_out - 1).to(tl.int64)
+    return words + inside[:, None] * stride_o * TILE + tl.arange(0, TILE)[None, :] * stride_w
+
+
+@triton.jit
+def split_tile(tile, TILE: tl.constexpr):
+    """Return the columns of a tile `[rows, TILE]`, which one lane holds, without moving them between lanes."""
+    if TILE == 4:
+        even, odd = tl.split(tl.reshape(tile, [tile.shape[0], 2, 2]))
+        first, third = tl.split(even)
+        second, fourth = tl.split(odd)
+        return first, second, third, fourth
+    else:  # the compiler does not know that a branch has returned
+        return (tl.reshape(tile, [tile.shape[0]]),)
+
+
+@triton.jit
+def code_of(word, j: tl.constexpr, PER_WORD: tl.constexpr):
+    """Return code j of a word: its j-th byte, or all of it."""
+    code = word.to(tl.int32)
+    if PER_WORD == 4:
+        code = (code >> (8 * j)) & 255
+    return code
 
 
 @triton.jit

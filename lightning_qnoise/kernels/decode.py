@@ -1,4 +1,4 @@
-"""The dense weight of codes and codebook."""
+"""The dense weight of codes and codebook, or some of its rows."""
 
 from __future__ import annotations
 
@@ -7,92 +7,95 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lightning_qnoise.kernels.common import TL_DTYPES, check_codes, check_device, code_of
+from lightning_qnoise.kernels.common import TL_DTYPES, check_codes, check_device
+from lightning_qnoise.kernels.layout import pad_codebook
 
 
 @triton.jit
 def decode_kernel(
-    words,
+    codes,
     codebook,
+    ids,
     out,
+    stride_o,
+    stride_g,
+    n_codes,
     n_out,
-    n_in,
     groups,
-    n_centroids,
-    groups_per_codebook,
     D: tl.constexpr,
     WIDTH: tl.constexpr,
-    BITS: tl.constexpr,
-    PER_WORD: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_G: tl.constexpr,
 ):
-    """One program writes `[BLOCK_O, BLOCK_G * D]` of the weight, a row of the codebook by wide loads and stores."""
-    rows = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)[:, None]
-    group = tl.program_id(1) * BLOCK_G + tl.arange(0, BLOCK_G)[None, :]
-    inside = (rows < n_out) & (group < groups)
-    word = tl.load(words + (group // PER_WORD).to(tl.int64) * n_out + rows, mask=inside, other=0)
-    row = code_of(word, group, BITS, PER_WORD) + (group // groups_per_codebook) * n_centroids
-    e = tl.arange(0, WIDTH)[None, None, :]
-    column = group[:, :, None] * D + e
-    used = inside[:, :, None] & (e < D) & (column < n_in)
-    values = tl.load(codebook + row[:, :, None].to(tl.int64) * WIDTH + e, mask=used, other=0.0)
-    target = out + rows[:, :, None].to(tl.int64) * n_in + column
-    tl.store(target, values.to(tl.float32).to(out.dtype.element_ty), mask=used)
+    """One program writes `[BLOCK_O, BLOCK_G * D]` of the rows `ids`, or of all, of which there are `n_codes`.
 
-
-def pq_decode(
-    words: Tensor,
-    codebook: Tensor,
-    n_in: int,
-    block_size: int,
-    bits: int = 8,
-    dtype: torch.dtype | None = None,
-    out: Tensor | None = None,
-) -> Tensor:
-    """Write the weight `[out, in]`.
-
-    Args:
-        words: Codes `[ceil(groups / n), out]`, n of them in an element: int32 of `pack_words`, or plain uint8 or int16.
-        codebook: `[n_codebooks, K, width]` of `pad_codebook`.
-        n_in: Columns of the weight; the last block may be cut.
-        block_size: d, the columns of a block.
-        bits: Bits per code.
-        dtype: float16, bfloat16 or float32; that of the codebook by default.
-        out: Contiguous `[out, in]` to write to.
-
-    Raises:
-        ValueError: A layout or a device does not fit.
-        TypeError: A dtype does not fit.
+    Neighbouring lanes have neighbouring groups: they read the codes of whole sectors and write whole lines.
     """
-    size = check_codes(words, codebook, n_in, block_size, bits)
-    if out is None:
-        out = codebook.new_empty(size.n_out, n_in, dtype=dtype)
-    if out.dtype not in TL_DTYPES or dtype not in (None, out.dtype):
-        raise TypeError(f"cannot decode to {dtype} in a tensor of {out.dtype}")
-    if out.shape != (size.n_out, n_in) or not out.is_contiguous():
-        raise ValueError(f"the weight is contiguous {[size.n_out, n_in]}, got {list(out.shape)}")
-    check_device(decode_kernel, words, codebook, out)
+    rows = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
+    group = tl.program_id(1) * BLOCK_G + tl.arange(0, BLOCK_G)
+    source = tl.minimum(rows, n_out - 1).to(tl.int64)
+    if ids is not None:
+        asked = tl.load(ids + source).to(tl.int64)
+        source = tl.where((asked >= 0) & (asked < n_codes), asked, 0)
+    address = codes + source[:, None] * stride_o + tl.minimum(group, groups - 1)[None, :].to(tl.int64) * stride_g
+    code = tl.load(address).to(tl.int64)
+    e = tl.arange(0, WIDTH)[None, None, :]
+    values = tl.load(codebook + code[:, :, None] * WIDTH + e)
+    if ids is not None:
+        values = tl.where((source == asked)[:, None, None], values, float("nan")).to(out.dtype.element_ty)
+    target = out + (rows[:, None].to(tl.int64) * groups + group[None, :])[:, :, None] * D + e
+    tl.store(target, values, mask=((rows[:, None] < n_out) & (group[None, :] < groups))[:, :, None] & (e < D))
+
+
+def launch_decode(codes: Tensor, codebook: Tensor, ids: Tensor | None, out: Tensor) -> Tensor:
+    """Write the rows `ids` of the weight, or all, to a contiguous `[n, groups * d]`, whose dtype the codebook has."""
+    check_device(decode_kernel, codes, codebook, ids, out)
     if out.numel() == 0:
         return out
-    block_g = max(64 // size.width, 1)
-    grid = (triton.cdiv(size.n_out, 64), triton.cdiv(size.groups, block_g))
+    (n_codes, groups), d = codes.shape, codebook.shape[1]
+    codebook = pad_codebook(codebook)
+    width = codebook.shape[1]
+    block_g = max(256 // width, 1)
+    block_o = max(4096 // (block_g * width), 1)
+    n_out = out.numel() // (groups * d)
     with torch.cuda.device_of(out):
-        decode_kernel[grid](
-            words,
+        decode_kernel[(triton.cdiv(n_out, block_o), triton.cdiv(groups, block_g))](
+            codes,
             codebook,
+            ids,
             out,
-            size.n_out,
-            n_in,
-            size.groups,
-            size.n_centroids,
-            size.groups_per_codebook,
-            D=block_size,
-            WIDTH=size.width,
-            BITS=bits,
-            PER_WORD=size.per_word,
-            BLOCK_O=64,
+            *codes.stride(),
+            n_codes,
+            n_out,
+            groups,
+            D=d,
+            WIDTH=width,
+            BLOCK_O=block_o,
             BLOCK_G=block_g,
             num_warps=4,
         )
     return out
+
+
+def pq_decode(codes: Tensor, codebook: Tensor, dtype: torch.dtype | None = None, out: Tensor | None = None) -> Tensor:
+    """Write the weight `[out, groups * d]`.
+
+    Args:
+        codes: uint8, int16 or int32 `[out, groups]`, of any strides.
+        codebook: Float16, bfloat16 or float32 `[K, d]`.
+        dtype: One of these; that of the codebook by default.
+        out: Contiguous `[out, groups * d]` to write to.
+
+    Raises:
+        ValueError: A shape or a device does not fit.
+        TypeError: A dtype does not fit.
+    """
+    check_codes(codes, codebook)
+    shape = (codes.shape[0], codes.shape[1] * codebook.shape[1])
+    if out is None:
+        out = codebook.new_empty(shape, dtype=dtype)
+    if out.dtype not in TL_DTYPES or dtype not in (None, out.dtype):
+        raise TypeError(f"cannot decode to {dtype} in a tensor of {out.dtype}")
+    if out.shape != shape or not out.is_contiguous():
+        raise ValueError(f"the weight is contiguous {list(shape)}, got {list(out.shape)}")
+    return launch_decode(codes, codebook.to(out.dtype), None, out)

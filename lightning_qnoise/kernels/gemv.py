@@ -7,7 +7,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lightning_qnoise.kernels.common import check_codes, check_device, check_input, code_of, n_splits, sum_splits
+from lightning_qnoise.kernels.common import (
+    check_device,
+    check_input,
+    code_of,
+    code_tiles,
+    n_splits,
+    product_of_nothing,
+    split_tile,
+    sum_splits,
+    tile_pointers,
+)
+from lightning_qnoise.kernels.layout import pad_codebook
 
 
 @triton.jit
@@ -18,105 +29,106 @@ def gemv_kernel(
     partial,
     stride_m,
     stride_i,
+    stride_o,
+    stride_w,
     n_rows,
-    n_in,
     n_out,
-    n_words,
-    words_per_split,
-    groups,
-    n_centroids,
-    groups_per_codebook,
+    steps,
+    steps_per_split,
     D: tl.constexpr,
     WIDTH: tl.constexpr,
-    BITS: tl.constexpr,
     PER_WORD: tl.constexpr,
+    TILE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_O: tl.constexpr,
+    PART: tl.constexpr,
 ):
-    """Multiply BLOCK_M rows of x by the blocks of some words; a lane decodes whole blocks of one output."""
+    """Multiply BLOCK_M rows of x by some steps of the weight; a lane decodes one output, PART elements at a time."""
     split = tl.program_id(1)
-    m = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
+    m = tl.program_id(2) * BLOCK_M
     rows = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
-    e = tl.arange(0, WIDTH)
-    total = tl.zeros([BLOCK_O, WIDTH, BLOCK_M], tl.float32)
-    for q in range(split * words_per_split, tl.minimum((split + 1) * words_per_split, n_words)):
-        word = tl.load(words + tl.cast(q, tl.int64) * n_out + rows, mask=rows < n_out, other=0)
-        for j in tl.static_range(PER_WORD):
-            group = q * PER_WORD + j
-            # a group that only pads a word reads no x, but its address has to be one of the codebook's
-            first = (tl.minimum(group, groups - 1) // groups_per_codebook) * n_centroids
-            row = (first + code_of(word, j, BITS, PER_WORD)).to(tl.int64) * WIDTH
-            values = tl.load(codebook + row[:, None] + e[None, :]).to(tl.float32)
-            column = group * D + e
-            used = (e < D) & (column < n_in)
-            address = x + m[None, :].to(tl.int64) * stride_m + column[:, None].to(tl.int64) * stride_i
-            inputs = tl.load(address, mask=used[:, None] & (m[None, :] < n_rows), other=0.0).to(tl.float32)
-            total += values[:, :, None] * inputs[None, :, :]
-    target = partial + (tl.cast(split, tl.int64) * n_rows + m[None, :]) * n_out + rows[:, None]
-    tl.store(target, tl.sum(total, axis=1), mask=(m[None, :] < n_rows) & (rows[:, None] < n_out))
+    start = split * steps_per_split
+    stop = tl.minimum(start + steps_per_split, steps)
+    source = tile_pointers(words, rows, n_out, stride_o, stride_w, TILE)
+    same = tl.zeros([BLOCK_O, 1], tl.int32)  # every lane loads the same x, in the layout of the weight
+    totals = ()
+    for _ in tl.static_range(BLOCK_M):
+        totals += (tl.zeros([BLOCK_O, PART], tl.float32),)  # type: ignore[assignment]
+    tile = tl.load(source + tl.cast(start, tl.int64) * TILE * stride_w)
+    for step in range(start, stop):
+        # the next codes are on their way while these are used
+        following = tl.load(source + tl.cast(tl.minimum(step + 1, stop - 1), tl.int64) * TILE * stride_w)
+        first = x + tl.cast(step, tl.int64) * (TILE * PER_WORD * D) * stride_i
+        columns = split_tile(tile, TILE)
+        for t in tl.static_range(TILE):
+            for j in tl.static_range(PER_WORD):
+                row = codebook + code_of(columns[t], j, PER_WORD).to(tl.int64)[:, None] * WIDTH
+                for part in tl.static_range(0, D, PART):
+                    e = part + tl.arange(0, PART)[None, :]
+                    values = tl.load(row + e).to(tl.float32)
+                    sums = ()
+                    for i in tl.static_range(BLOCK_M):
+                        inputs = first + tl.minimum(m + i, n_rows - 1).to(tl.int64) * stride_m
+                        inputs += ((t * PER_WORD + j) * D + e + same).to(tl.int64) * stride_i
+                        left = tl.load(inputs, mask=e < D, other=0.0).to(tl.float32)
+                        sums += (tl.fma(values, left, totals[i]),)  # type: ignore
+                    totals = sums
+        tile = following
+    for i in tl.static_range(BLOCK_M):
+        # past the end the last row of x has been computed, and is written, again
+        target = partial + (tl.cast(split, tl.int64) * n_rows + tl.minimum(m + i, n_rows - 1)) * n_out + rows
+        tl.store(target, tl.sum(totals[i], axis=1), mask=rows < n_out)
 
 
 def pq_gemv(
-    x: Tensor,
-    words: Tensor,
-    codebook: Tensor,
-    block_size: int,
-    bits: int = 8,
-    bias: Tensor | None = None,
-    scale: Tensor | None = None,
-    splits: int | None = None,
+    x: Tensor, codes: Tensor, codebook: Tensor, bias: Tensor | None = None, splits: int | None = None
 ) -> Tensor:
-    """Return `x W^T * scale + bias`, `[M, out]` in the dtype of `x`; each 4 rows decode the weight once.
+    """Return `x W^T + bias`, `[M, out]` in the dtype of `x`; each 4 rows decode the weight once.
 
     The sums are in float32 and in a fixed order.
 
     Args:
-        x: `[M, in]`, of any strides.
-        words: As for `pq_decode`.
-        codebook: `[n_codebooks, K, width]` of `pad_codebook`.
-        block_size: d, the columns of a block.
-        bits: Bits per code.
-        bias: `[out]` or None.
-        scale: `[out]` or None.
+        x: `[M, groups * d]`, of any strides, float16, bfloat16 or float32.
+        codes: As for `pq_decode`.
+        codebook: `[K, d]`, which is cast to the dtype of `x`; d is 32 at most.
+        bias: Contiguous `[out]` or None.
         splits: Parts that `in` is divided into; by default as many as fill the GPU.
 
     Raises:
-        ValueError: A layout or a device does not fit.
+        ValueError: A shape or a device does not fit.
         TypeError: A dtype does not fit.
     """
-    size = check_codes(words, codebook, x.shape[-1], block_size, bits)
-    check_input(x, x.shape[-1], size.n_out, bias, scale)
-    check_device(gemv_kernel, x, words, codebook, bias, scale)
-    rows, n_in = x.shape
-    if rows == 0 or size.n_out == 0:
-        return x.new_empty(rows, size.n_out)
-    n_words, block_m = len(words), min(triton.next_power_of_2(rows), 4 if size.width <= 8 else 2)
-    programs, tiles = triton.cdiv(size.n_out, 128), triton.cdiv(rows, block_m)
-    per_split = triton.cdiv(n_words, min(splits or n_splits(x.device, programs * tiles, n_words), n_words))
-    splits = triton.cdiv(n_words, per_split)
-    partial = x.new_empty(splits, rows, size.n_out, dtype=torch.float32)
+    check_input(x, codes, codebook, bias, splits)
+    check_device(gemv_kernel, x, codes, codebook, bias)
+    (rows, n_in), n_out, d = x.shape, len(codes), codebook.shape[1]
+    if rows == 0 or n_out == 0 or n_in == 0:
+        return product_of_nothing(x, n_out, bias)
+    codebook, tiles = pad_codebook(codebook.to(x.dtype)), code_tiles(codes, 4 if d <= 8 else 1)
+    width, block_m = codebook.shape[1], min(triton.next_power_of_2(rows), 4)
+    programs, row_tiles = triton.cdiv(n_out, 128), triton.cdiv(rows, block_m)
+    per_split = triton.cdiv(tiles.steps, splits or n_splits(x.device, programs * row_tiles, tiles.steps))
+    splits = triton.cdiv(tiles.steps, per_split)
+    partial = x.new_empty(splits, rows, n_out, dtype=torch.float32)
     with torch.cuda.device_of(x):
-        gemv_kernel[(programs, splits, tiles)](
+        gemv_kernel[(programs, splits, row_tiles)](
             x,
-            words,
+            tiles.words,
             codebook,
             partial,
             *x.stride(),
+            *tiles.strides,
             rows,
-            n_in,
-            size.n_out,
-            n_words,
+            n_out,
+            tiles.steps,
             per_split,
-            size.groups,
-            size.n_centroids,
-            size.groups_per_codebook,
-            D=block_size,
-            WIDTH=size.width,
-            BITS=bits,
-            PER_WORD=size.per_word,
+            D=d,
+            WIDTH=width,
+            PER_WORD=tiles.per_word,
+            TILE=tiles.tile,
             BLOCK_M=block_m,
             BLOCK_O=128,
+            PART=min(width, 16 // x.element_size()),  # of one load
             num_warps=4,
-            num_stages=1,
+            num_stages=1,  # more would fetch the codebook past the L1 cache
         )
-        return sum_splits(partial, x.dtype, scale, bias)
+        return sum_splits(partial, x.dtype, bias=bias)

@@ -1,4 +1,4 @@
-"""The layouts that the kernels read, made by torch alone."""
+"""What the kernels read beside the codes, made by torch alone."""
 
 from __future__ import annotations
 
@@ -7,48 +7,41 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def pack_words(codes: Tensor, bits: int) -> Tensor:
-    """Pack `n = 32 / bits` codes of consecutive groups into one word, the first in the lowest bits.
-
-    Args:
-        codes: Integers `[groups, out]` in `[0, 2**bits)`, of any integer dtype.
-        bits: 1, 2, 4, 8 or 16.
-
-    Returns:
-        int32 `[ceil(groups / n), out]`; missing groups have code 0.
-    """
-    if bits not in (1, 2, 4, 8, 16):
-        raise ValueError(f"codes of 1, 2, 4, 8 or 16 bits can be packed into words, got {bits}")
-    n = 32 // bits
-    codes = F.pad(codes.long(), (0, 0, 0, -len(codes) % n)).unflatten(0, (-1, n))
-    words = (codes << torch.arange(0, 32, bits, device=codes.device)[:, None]).sum(dim=1)
-    return torch.where(words < 2**31, words, words - 2**32).int()
-
-
 def pad_codebook(codebook: Tensor) -> Tensor:
-    """Pad the rows with zeros to a power of two, so that a kernel reads a row by one or two wide loads.
+    """Pad the rows of a codebook with zeros to a power of two, so that a kernel reads one by one or two wide loads.
 
     Args:
-        codebook: `[K, d]`, or `[n_codebooks, K, d]` where each serves `groups / n_codebooks` consecutive groups.
+        codebook: `[K, d]`.
 
     Returns:
-        `[n_codebooks, K, next_power_of_2(d)]`, contiguous.
+        `[K, next_power_of_2(d)]`, contiguous.
     """
-    d = codebook.shape[-1]
-    padded = F.pad(codebook, (0, (1 << (d - 1).bit_length()) - d))
-    return padded.reshape(-1, *padded.shape[-2:]).contiguous()
+    d = codebook.shape[1]
+    return F.pad(codebook, (0, (1 << (d - 1).bit_length()) - d)).contiguous()
 
 
 def segments(codes: Tensor, n_segments: int) -> tuple[Tensor, Tensor]:
     """Return which blocks have which code, for `segment_sum`: a stable order, hence the same sums every time.
 
+    Nothing waits for a GPU.
+
     Args:
-        codes: Integers of any shape in `[0, n_segments)`; block i is element i of the flattened tensor.
-        n_segments: K, or K times the number of codebooks.
+        codes: Integers of any shape in `[0, n_segments)`; block i is element i of the flattened tensor. A GPU sorts
+            those of one byte in one pass.
+        n_segments: K.
 
     Returns:
         int32 `order [N]` and `offsets [n_segments + 1]`: segment k is `order[offsets[k]:offsets[k + 1]]`.
+
+    Raises:
+        ValueError: An index of a block would not fit into 32 bits.
     """
-    codes = codes.flatten().long()
-    counts = torch.bincount(codes, minlength=n_segments)
-    return codes.argsort(stable=True).int(), F.pad(counts.cumsum(0), (1, 0)).int()
+    if codes.numel() >= 2**31:
+        raise ValueError(f"at most {2**31 - 1} blocks can be sorted at once, got {codes.numel()}")
+    if n_segments - 1 > torch.iinfo(codes.dtype).max:
+        codes = codes.long()  # the boundaries have its dtype
+    found, order = codes.flatten().sort(stable=True)
+    ends = torch.searchsorted(
+        found, torch.arange(n_segments, dtype=found.dtype, device=found.device), right=True, out_int32=True
+    )
+    return order.int(), F.pad(ends, (1, 0))

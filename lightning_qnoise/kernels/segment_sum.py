@@ -68,7 +68,8 @@ def segment_sum(blocks: Tensor, order: Tensor, offsets: Tensor, parts: int | Non
     n_segments, d = len(offsets) - 1, blocks.shape[1]
     if n_segments == 0 or d == 0:
         return blocks.new_empty(n_segments, d, dtype=torch.float32)
-    block_n, width = 64, triton.next_power_of_2(d)
+    width = triton.next_power_of_2(d)
+    block_n = max(min(64, 2048 // width), 1)
     parts = parts or n_splits(blocks.device, n_segments, triton.cdiv(len(blocks), n_segments * block_n) or 1, 8)
     partial = blocks.new_empty(parts, n_segments, d, dtype=torch.float32)
     with torch.cuda.device_of(blocks):

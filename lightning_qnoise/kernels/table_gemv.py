@@ -7,9 +7,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lightning_qnoise.kernels.common import check_codes, check_device, check_input, code_of, n_splits, sum_splits
-
-_UNROLL = 4  # words whose lookups are in flight at once
+from lightning_qnoise.kernels.common import (
+    check_device,
+    check_input,
+    code_of,
+    code_tiles,
+    n_splits,
+    product_of_nothing,
+    split_tile,
+    sum_splits,
+    tile_pointers,
+)
+from lightning_qnoise.kernels.layout import pad_codebook
 
 
 @triton.jit
@@ -19,35 +28,30 @@ def table_kernel(
     table,
     stride_m,
     stride_i,
-    n_in,
     groups,
-    table_groups,
     n_centroids,
-    groups_per_codebook,
     D: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PART: tl.constexpr,
 ):
-    """Write `table[m, g, k] = x[m, g * D : (g + 1) * D] . codebook[k]`, zero in the groups that only pad a word.
-
-    The groups of one program have one codebook each: BLOCK_G is 1 if there are several.
-    """
-    m = tl.program_id(2)
-    group = tl.program_id(0) * BLOCK_G + tl.arange(0, BLOCK_G)
+    """Write `table[m, g, k] = x[m, g * D : (g + 1) * D] . codebook[k]` of BLOCK_G groups; a lane has one centroid."""
+    m = tl.cast(tl.program_id(2), tl.int64)
     k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
-    # padding groups read no x, but their address has to be one of the codebook's
-    first = (tl.minimum(tl.program_id(0) * BLOCK_G, groups - 1) // groups_per_codebook).to(tl.int64) * n_centroids
-    total = tl.zeros([BLOCK_G, BLOCK_K], tl.float32)
-    for e in tl.static_range(D):
-        column = group * D + e
-        address = x + tl.cast(m, tl.int64) * stride_m + column.to(tl.int64) * stride_i
-        left = tl.load(address, mask=(group < groups) & (column < n_in), other=0.0).to(tl.float32)
-        right = tl.load(codebook + (first + k) * WIDTH + e, mask=k < n_centroids, other=0.0).to(tl.float32)
-        total += left[:, None] * right[None, :]
-    target = table + (tl.cast(m, tl.int64) * table_groups + group[:, None]) * n_centroids + k[None, :]
-    inside = (group[:, None] < table_groups) & (k[None, :] < n_centroids)
-    tl.store(target, total.to(table.dtype.element_ty), mask=inside)
+    row = codebook + tl.minimum(k, n_centroids - 1).to(tl.int64)[:, None] * WIDTH
+    same = tl.zeros([BLOCK_K, 1], tl.int32)  # every lane loads the same x, in the layout of the codebook
+    for i in tl.static_range(BLOCK_G):
+        # past the end the last group is written again
+        group = tl.cast(tl.minimum(tl.program_id(0) * BLOCK_G + i, groups - 1), tl.int64)
+        inputs = x + m * stride_m + group * D * stride_i
+        total = tl.zeros([BLOCK_K, PART], tl.float32)
+        for part in tl.static_range(0, D, PART):
+            e = part + tl.arange(0, PART)[None, :]
+            left = tl.load(inputs + (e + same).to(tl.int64) * stride_i, mask=e < D, other=0.0).to(tl.float32)
+            total = tl.fma(tl.load(row + e).to(tl.float32), left, total)
+        target = table + (m * groups + group) * n_centroids + k
+        tl.store(target, tl.sum(total, axis=1).to(table.dtype.element_ty), mask=k < n_centroids)
 
 
 @triton.jit
@@ -55,116 +59,109 @@ def lookup_kernel(
     words,
     table,
     partial,
+    stride_o,
+    stride_w,
     n_rows,
     n_out,
-    n_words,
-    words_per_split,
-    table_groups,
+    groups,
+    steps,
+    steps_per_split,
     n_centroids,
-    BITS: tl.constexpr,
     PER_WORD: tl.constexpr,
-    UNROLL: tl.constexpr,
+    TILE: tl.constexpr,
     BLOCK_O: tl.constexpr,
 ):
-    """Add the entries of the table that the codes of some words name; lanes run along `out`.
-
-    Past the end the last word is read again; its codes find the zeros that pad the table.
-    """
+    """Add the entries of the table that the codes of some steps name; a lane has one output."""
     split = tl.program_id(1)
-    m = tl.program_id(2)
+    m = tl.cast(tl.program_id(2), tl.int64)
     rows = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
-    start = split * words_per_split
-    entries = table + (tl.cast(m, tl.int64) * table_groups + start * PER_WORD) * n_centroids
+    start = split * steps_per_split
+    stop = tl.minimum(start + steps_per_split, steps)
+    source = tile_pointers(words, rows, n_out, stride_o, stride_w, TILE)
+    entries = table + (m * groups + start * (TILE * PER_WORD)) * n_centroids
     total = tl.zeros([BLOCK_O], tl.float32)
-    for first in range(start, start + words_per_split, UNROLL):
-        for u in tl.static_range(UNROLL):
-            q = tl.minimum(first + u, n_words - 1)
-            word = tl.load(words + tl.cast(q, tl.int64) * n_out + rows, mask=rows < n_out, other=0)
+    tile = tl.load(source + tl.cast(start, tl.int64) * TILE * stride_w)
+    for step in range(start, stop):
+        # the next codes are on their way while these are used
+        following = tl.load(source + tl.cast(tl.minimum(step + 1, stop - 1), tl.int64) * TILE * stride_w)
+        columns = split_tile(tile, TILE)
+        for t in tl.static_range(TILE):
             for j in tl.static_range(PER_WORD):
-                total += tl.load(entries + j * n_centroids + code_of(word, j, BITS, PER_WORD)).to(tl.float32)
-            entries += PER_WORD * n_centroids
+                total += tl.load(entries + code_of(columns[t], j, PER_WORD)).to(tl.float32)
+                entries += n_centroids
+        tile = following
     target = partial + (tl.cast(split, tl.int64) * n_rows + m) * n_out + rows
     tl.store(target, total, mask=rows < n_out)
 
 
 def pq_table_gemv(
     x: Tensor,
-    words: Tensor,
+    codes: Tensor,
     codebook: Tensor,
-    block_size: int,
-    bits: int = 8,
     bias: Tensor | None = None,
-    scale: Tensor | None = None,
     table_dtype: torch.dtype = torch.float32,
     splits: int | None = None,
 ) -> Tensor:
-    """Return `x W^T * scale + bias`, `[M, out]` in the dtype of `x`; made for M <= 4 and out >= 2K.
+    """Return `x W^T + bias`, `[M, out]` in the dtype of `x`; made for M <= 4 and out >= 2K.
 
-    The sums are in float32 and in a fixed order.
+    The sums are in float32 and in a fixed order. The table takes `M * groups * K` elements.
 
     Args:
-        x: `[M, in]`, of any strides.
-        words: As for `pq_decode`.
-        codebook: `[n_codebooks, K, width]` of `pad_codebook`.
-        block_size: d, the columns of a block.
-        bits: Bits per code.
-        bias: `[out]` or None.
-        scale: `[out]` or None.
+        x: `[M, groups * d]`, of any strides, float16, bfloat16 or float32.
+        codes: As for `pq_decode`.
+        codebook: `[K, d]`, which is cast to the dtype of `x`; d is 32 at most.
+        bias: Contiguous `[out]` or None.
         table_dtype: float32, or float16 for half the traffic and 11 bits of each product.
         splits: Parts that `in` is divided into; by default as many as fill the GPU.
 
     Raises:
-        ValueError: A layout or a device does not fit.
+        ValueError: A shape or a device does not fit.
         TypeError: A dtype does not fit.
     """
     if table_dtype not in (torch.float32, torch.float16):
         raise TypeError(f"the table is in float32 or float16, got {table_dtype}")
-    size = check_codes(words, codebook, x.shape[-1], block_size, bits)
-    check_input(x, x.shape[-1], size.n_out, bias, scale)
-    check_device(lookup_kernel, x, words, codebook, bias, scale)
-    rows, n_in = x.shape
-    if rows == 0 or size.n_out == 0:
-        return x.new_empty(rows, size.n_out)
-    n_words, block_o = len(words), 256 if size.n_out > 2048 else 128
-    steps, programs = triton.cdiv(n_words, _UNROLL), triton.cdiv(size.n_out, block_o)
-    per_split = triton.cdiv(steps, min(splits or n_splits(x.device, programs * rows, steps), steps)) * _UNROLL
-    splits = triton.cdiv(n_words, per_split)
-    table_groups = splits * per_split * size.per_word
-    table = x.new_empty(rows, table_groups, size.n_centroids, dtype=table_dtype)
-    partial = x.new_empty(splits, rows, size.n_out, dtype=torch.float32)
-    block_g = 16 if len(codebook) == 1 else 1
-    block_k = min(triton.next_power_of_2(size.n_centroids), 128)
+    check_input(x, codes, codebook, bias, splits)
+    check_device(lookup_kernel, x, codes, codebook, bias)
+    rows, (n_out, groups), (k, d) = len(x), codes.shape, codebook.shape
+    if rows == 0 or n_out == 0 or groups == 0:
+        return product_of_nothing(x, n_out, bias)
+    codebook, tiles = pad_codebook(codebook.to(x.dtype)), code_tiles(codes)
+    width, block_o = codebook.shape[1], 256 if n_out > 2048 else 128
+    programs, processors = triton.cdiv(n_out, block_o), 512 // block_o
+    per_split = triton.cdiv(tiles.steps, splits or n_splits(x.device, programs * rows, tiles.steps, processors))
+    splits = triton.cdiv(tiles.steps, per_split)
+    table = x.new_empty(rows, groups, k, dtype=table_dtype)
+    partial = x.new_empty(splits, rows, n_out, dtype=torch.float32)
     with torch.cuda.device_of(x):
-        table_kernel[(triton.cdiv(table_groups, block_g), triton.cdiv(size.n_centroids, block_k), rows)](
+        table_kernel[(triton.cdiv(groups, 8), triton.cdiv(k, 128), rows)](
             x,
             codebook,
             table,
             *x.stride(),
-            n_in,
-            size.groups,
-            table_groups,
-            size.n_centroids,
-            size.groups_per_codebook,
-            D=block_size,
-            WIDTH=size.width,
-            BLOCK_G=block_g,
-            BLOCK_K=block_k,
+            groups,
+            k,
+            D=d,
+            WIDTH=width,
+            BLOCK_G=8,
+            BLOCK_K=128,
+            PART=min(width, 16 // x.element_size()),  # of one load
             num_warps=4,
         )
         lookup_kernel[(programs, splits, rows)](
-            words,
+            tiles.words,
             table,
             partial,
+            *tiles.strides,
             rows,
-            size.n_out,
-            n_words,
+            n_out,
+            groups,
+            tiles.steps,
             per_split,
-            table_groups,
-            size.n_centroids,
-            BITS=bits,
-            PER_WORD=size.per_word,
-            UNROLL=_UNROLL,
+            k,
+            PER_WORD=tiles.per_word,
+            TILE=tiles.tile,
             BLOCK_O=block_o,
-            num_warps=4,
+            num_warps=block_o // 32,
+            num_stages=1,  # the loop prefetches by itself
         )
-        return sum_splits(partial, x.dtype, scale, bias)
+        return sum_splits(partial, x.dtype, bias=bias)

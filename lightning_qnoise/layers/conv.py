@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -10,7 +11,6 @@ from lightning_qnoise.layers.base import PackedLayer, packs
 
 
 @packs(nn.Conv1d)
-@packs(nn.Conv2d)
 @packs(nn.Conv3d)
 @packs(nn.ConvTranspose1d)
 @packs(nn.ConvTranspose2d)
@@ -23,3 +23,18 @@ class PackedConv(PackedLayer):
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return what the convolution returns, with the decoded weight."""
         return super().forward(self.packed("weight").quantize_input(input), *args, **kwargs)
+
+
+@packs(nn.Conv2d)
+class PackedConv2d(PackedConv):
+    """A convolution of images, which may run in integers."""
+
+    _conv_forward: Callable[..., Tensor]
+
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return what the convolution returns; the packed weight convolves, if the layer is no special one."""
+        layer = cast(nn.Conv2d, self)
+        is_own = type(self)._conv_forward is not nn.Conv2d._conv_forward
+        if is_own or layer.groups != 1 or layer.padding_mode != "zeros" or input.ndim != 4:
+            return super().forward(input, *args, **kwargs)
+        return self.packed("weight").conv2d(input, layer)

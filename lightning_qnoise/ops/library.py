@@ -6,7 +6,7 @@ which serves every device that has no implementation of its own, and is opaque t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import lru_cache
 from importlib.util import find_spec
 from typing import Any, NoReturn
@@ -33,7 +33,7 @@ def register(
     cuda: Callable[..., Any] | None = None,
     backward: Callable[..., tuple[Tensor | None, ...]] | None = None,
     setup: Callable[..., None] | None = None,
-    casts: bool = False,
+    casts: bool | Collection[int] = False,
 ) -> None:
     """Define an operator.
 
@@ -45,7 +45,7 @@ def register(
         cuda: The implementation for GPUs; called only where triton is installed.
         backward: The gradient, `(ctx, *grads)`; without one the operator has none, and says so when it is asked.
         setup: What the gradient keeps, `(ctx, inputs, output)`.
-        casts: Whether its floating-point inputs are cast under autocast, as those of `F.linear` are.
+        casts: Whether its floating-point inputs are cast under autocast, as those of `F.linear` are, or which ones.
     """
     name = LIBRARY.define(schema).split("(")[0]
     full = f"lightning_qnoise::{name}"
@@ -64,7 +64,7 @@ def _no_gradient(ctx: Any, *grads: Tensor) -> NoReturn:
     raise RuntimeError("this operator of lightning_qnoise has no gradient (of a gradient: no second derivative exists)")
 
 
-def _without_autocast(name: str, device_type: str, casts: bool) -> Callable[..., Any]:
+def _without_autocast(name: str, device_type: str, casts: bool | Collection[int]) -> Callable[..., Any]:
     """Return what runs under autocast: it casts, or does not, and then computes as it is told."""
 
     def cast(value: Any) -> Any:
@@ -72,7 +72,8 @@ def _without_autocast(name: str, device_type: str, casts: bool) -> Callable[...,
         return value.to(torch.get_autocast_dtype(device_type)) if fits else value
 
     def run(*args: Any) -> Any:
+        which = range(len(args)) if casts is True else casts or ()
         with torch.autocast(device_type, enabled=False):
-            return getattr(OPS, name)(*map(cast, args) if casts else args)
+            return getattr(OPS, name)(*(cast(arg) if i in which else arg for i, arg in enumerate(args)))
 
     return run

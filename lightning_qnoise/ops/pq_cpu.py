@@ -1,6 +1,6 @@
 """Product-quantized weights on a CPU: products with a matrix that is never decoded as a whole.
 
-There are three routes. On one AVX-512 core of an AMD EPYC, with K=256, d=8 (`benchmarks/pq_cpu.py`):
+There are three routes. On one AVX-512 core of an AMD EPYC, with K=256, d=8 (`benchmarks/kernels.py`):
 
 - gather, for one or two rows of `x`: a table of the product of every block of the row with every codeword, and a sum
   of its entries for every output;

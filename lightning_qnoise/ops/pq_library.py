@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_qnoise.ops import pq_cpu, pq_grad
+from lightning_qnoise.ops import pq_cpu, pq_cuda, pq_cuda_grad, pq_grad
 from lightning_qnoise.ops.library import OPS, register
 
 
@@ -34,6 +34,13 @@ def _decode_cpu(codes: Tensor, codebook: Tensor, dtype: torch.dtype | None = Non
     return pq_cpu.decode(codes, codebook, dtype or codebook.dtype)
 
 
+def _decode_cuda(codes: Tensor, codebook: Tensor, dtype: torch.dtype | None = None, average: bool = False) -> Tensor:
+    _check(codes, codebook)
+    dtype = dtype or codebook.dtype
+    served = pq_cuda.serves(dtype, codes, codebook)
+    return pq_cuda.decode(codes, codebook, dtype) if served else _decode(codes, codebook, dtype)
+
+
 def _linear(x: Tensor, codes: Tensor, codebook: Tensor, bias: Tensor | None = None, average: bool = False) -> Tensor:
     """The reference, which serves devices that have no route of their own."""
     _check(codes, codebook, x, bias)
@@ -51,6 +58,14 @@ def _linear_cpu(
     return y.to(x.dtype).view(*x.shape[:-1], len(codes))
 
 
+def _linear_cuda(
+    x: Tensor, codes: Tensor, codebook: Tensor, bias: Tensor | None = None, average: bool = False
+) -> Tensor:
+    _check(codes, codebook, x, bias)
+    served = pq_cuda.serves(x.dtype, x, codes, codebook)
+    return (pq_cuda.linear if served else _linear)(x, codes, codebook, bias)
+
+
 def _embedding(
     ids: Tensor,
     codes: Tensor,
@@ -61,6 +76,35 @@ def _embedding(
 ) -> Tensor:
     _check(codes, codebook)
     return F.embedding(F.embedding(ids, codes).int(), codebook.to(dtype or codebook.dtype)).flatten(-2)
+
+
+def _embedding_cuda(
+    ids: Tensor,
+    codes: Tensor,
+    codebook: Tensor,
+    dtype: torch.dtype | None = None,
+    padding_idx: int | None = None,
+    average: bool = False,
+) -> Tensor:
+    _check(codes, codebook)
+    dtype = dtype or codebook.dtype
+    served = pq_cuda.serves(dtype, ids, codes, codebook)
+    return (pq_cuda.embedding if served else _embedding)(ids, codes, codebook, dtype)
+
+
+def _input_grad_cuda(grad: Tensor, codes: Tensor, codebook: Tensor) -> Tensor:
+    served = pq_cuda.serves(grad.dtype, grad, codes, codebook)
+    return (pq_cuda_grad if served else pq_grad).input_grad(grad, codes, codebook)
+
+
+def _codebook_grad_cuda(grad: Tensor, x: Tensor, codes: Tensor, codebook: Tensor, average: bool) -> Tensor:
+    served = pq_cuda.serves(grad.dtype, grad, x, codes, codebook) and grad.dtype == x.dtype
+    return (pq_cuda_grad if served else pq_grad).codebook_grad(grad, x, codes, codebook, average)
+
+
+def _segment_sum_cuda(grad: Tensor, picked: Tensor, codebook: Tensor, codes: Tensor | None) -> Tensor:
+    served = pq_cuda.serves(grad.dtype, grad, picked, codebook)
+    return (pq_cuda_grad if served else pq_grad).segment_sum(grad, picked, codebook, codes)
 
 
 def _fake_linear(
@@ -131,6 +175,7 @@ register(
     _decode,
     _decode,
     cpu=_decode_cpu,
+    cuda=_decode_cuda,
     backward=_backward_decode,
     setup=_setup_decode,
 )
@@ -139,21 +184,34 @@ register(
     _linear,
     _fake_linear,
     cpu=_linear_cpu,
+    cuda=_linear_cuda,
     backward=_backward_linear,
     setup=_setup_linear,
     casts=True,
 )
-register(_EMBEDDING, _embedding, _embedding, backward=_backward_embedding, setup=_setup_embedding)
 register(
-    "pq_input_grad(Tensor grad, Tensor codes, Tensor codebook) -> Tensor", pq_grad.input_grad, _fake_input_grad
+    _EMBEDDING,
+    _embedding,
+    _embedding,
+    cuda=_embedding_cuda,
+    backward=_backward_embedding,
+    setup=_setup_embedding,
+)
+register(
+    "pq_input_grad(Tensor grad, Tensor codes, Tensor codebook) -> Tensor",
+    pq_grad.input_grad,
+    _fake_input_grad,
+    cuda=_input_grad_cuda,
 )
 register(
     "pq_codebook_grad(Tensor grad, Tensor x, Tensor codes, Tensor codebook, bool average) -> Tensor",
     pq_grad.codebook_grad,
     _fake_codebook_grad,
+    cuda=_codebook_grad_cuda,
 )
 register(
     "pq_segment_sum(Tensor grad, Tensor picked, Tensor codebook, Tensor? codes) -> Tensor",
     pq_grad.segment_sum,
     _fake_segment_sum,
+    cuda=_segment_sum_cuda,
 )

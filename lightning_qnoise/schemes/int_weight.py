@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from lightning_qnoise.ops import has_int8, int8_linear, prepare_int8
+from lightning_qnoise.ops import Int8Weight, int8_kernel, int_linear, prepare_int8
 from lightning_qnoise.schemes.bits import pack_bits, unpack_bits
-from lightning_qnoise.schemes.packed import PackedWeight
+from lightning_qnoise.schemes.int8_products import Int8Products
 from lightning_qnoise.schemes.ranges import affine_decode, affine_round, round_trip
 
 if TYPE_CHECKING:
     from lightning_qnoise.schemes.integer import Int
 
-_LEAST = 2**14  # elements below which a float product is faster
 
-
-class IntWeight(PackedWeight):
+class IntWeight(Int8Products):
     """Codes, scales and zero points of one weight.
-
-    Where its input is quantized, too, a Linear layer runs in integers: without gradients, with one scale a row, on
-    devices with exact integer kernels, and from 2**14 elements on. That keeps one more byte an element in memory.
 
     Attributes:
         codes: uint8 `[ceil(numel * bits / 8)]`, row-major.
@@ -70,15 +65,23 @@ class IntWeight(PackedWeight):
         grouped = values.view(*self.scale.shape, -1).sub_(zero_point).mul_(scale)  # in the memory of the result
         return grouped.view(self.shape).to(self.dtype)
 
-    def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Return `quantize_input(x) @ decode().T + bias`, `[..., out]`; in integers where that is possible."""
-        if not self._runs_in_integers(x):
-            return super().linear(x, bias)
-        assert self.scheme.activation is not None
-        if "int8" not in self._made:
-            codes = unpack_bits(self.codes, self.scheme.bits, self.shape.numel()).view(self.shape)
-            self._made["int8"] = prepare_int8(codes, self.scale, self.zero_point, self.scheme.bits)
-        return int8_linear(x, self._made["int8"], bias, *self.input_grid(x), self.scheme.activation.bits)
+    def linear_in_floats(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Decode a slice of the weight at a time, or use the kept one."""
+        if self.memory == "fast" and not torch.is_grad_enabled():
+            return super().linear_in_floats(x, bias)
+        matrix = self.codes, self.scale, self.zero_point
+        return int_linear(self.quantize_input(x), *matrix, bias, self.scheme.bits, self.shape[0])
+
+    @property
+    def is_int8(self) -> bool:
+        """With one scale a row."""
+        return self.scale.shape[1] == 1
+
+    def int8_matrix(self) -> Int8Weight:
+        """Return the codes as integer products read them."""
+        codes = unpack_bits(self.codes, self.scheme.bits, self.shape.numel()).view(self.shape)
+        matrix = int8_kernel(codes) if codes.ndim == 4 else codes
+        return prepare_int8(matrix, self.scale, self.zero_point, self.scheme.bits)
 
     def project(self, weight: Tensor) -> Tensor:
         """Quantize on the own grid, or on that of the weight's min-max range of the moment."""
@@ -92,6 +95,11 @@ class IntWeight(PackedWeight):
             return weight
         ends = (affine_decode(code, *self._grid()).to(weight.dtype) for code in (0, 2**self.scheme.bits - 1))
         return weight.reshape(*self.scale.shape, -1).clamp(*ends).view(weight.shape)
+
+    def noise_arguments(self, weight: Tensor) -> dict[str, Any]:
+        """Return the grid that `project` uses, and whether the weight is cut to its range."""
+        scale, zero_point = (self.scale, self.zero_point) if self.is_fixed else self.scheme.fit(weight)
+        return {"scale": scale, "zero_point": zero_point, "bits": self.scheme.bits, "clamp": self.is_fixed}
 
     def take(self, weight: Tensor) -> IntWeight:
         """Encode on the grid that `project` uses."""
@@ -109,9 +117,3 @@ class IntWeight(PackedWeight):
     def _grouped(self, weight: Tensor) -> Tensor:
         """Float32 `[rows, groups, size]`."""
         return weight.detach().reshape(*self.scale.shape, -1).float()
-
-    def _runs_in_integers(self, x: Tensor) -> bool:
-        is_quantized = self.scheme.activation is not None and self.observer is None and x.numel() > 0
-        pays = self.shape.numel() >= _LEAST and self.scale.shape[1] == 1
-        is_plain = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        return is_quantized and pays and is_plain and has_int8(x.device.type)

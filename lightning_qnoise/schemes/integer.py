@@ -137,6 +137,10 @@ class Int(Scheme):
         scale, zero_point = (part[..., None] for part in self._fit(grouped))
         return round_trip(grouped, scale, zero_point, self.bits).view(weight.shape).to(weight.dtype)
 
+    def fit(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Return scale and zero point of the weight's range of the moment, float32 `[rows, groups]`."""
+        return self._fit(self._grouped(weight))
+
     def _grouped(self, weight: Tensor) -> Tensor:
         """Float32 `[rows, groups, size]`."""
         return weight.detach().reshape(self._grid(weight.shape)).float()

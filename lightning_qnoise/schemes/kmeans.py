@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_CHUNK_ELEMENTS = 1 << 18  # distances held at once: 1 MiB, which stays in a CPU core's L2 cache
+from lightning_qnoise.ops import kmeans_assign
+
 _SAMPLE, _TRIES, _SEED_ITER = 128, 4, 10  # seeding: points per centroid looked at, most draws, iterations of each
 
 
@@ -23,7 +24,7 @@ def nearest(points: Tensor, centroids: Tensor) -> Tensor:
         >>> nearest(torch.tensor([[0.1], [0.9]]), torch.tensor([[0.0], [1.0]]))
         tensor([0, 1])
     """
-    return _assign(points.detach().float(), centroids)[0]
+    return kmeans_assign(points.detach(), centroids.detach())[0]
 
 
 def kmeans(points: Tensor, k: int, *, n_iter: int = 20, seed: int = 0, init: Tensor | None = None) -> Tensor:
@@ -106,41 +107,12 @@ def _lloyd(points: Tensor, centroids: Tensor, n_iter: int) -> tuple[Tensor, floa
     """Centroids after at most `n_iter` iterations, and the objective before the last."""
     codes, objective = torch.empty(0, dtype=torch.int64, device=centroids.device), torch.inf
     for _ in range(n_iter):
-        previous, (codes, distance) = codes, _assign(points, centroids)
+        previous, (codes, distance) = codes, kmeans_assign(points, centroids)
         objective = distance.sum().item()
         if torch.equal(codes, previous):
             break
         centroids = _update(points, codes, distance, len(centroids))
     return centroids, objective
-
-
-@torch.no_grad()
-def _assign(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
-    """Nearest centroid int64 `[n]` and the squared distance to it `[n]`."""
-    offset, projection = centroids.square().sum(dim=1), -2 * centroids.T
-    n, k, device = len(points), len(centroids), points.device
-    codes, least = torch.empty(n, dtype=torch.int64, device=device), points.new_empty(n)
-    step = max(64, _CHUNK_ELEMENTS * (1 if device.type == "cpu" else 256) // k)  # a GPU wants few, large products
-    buffer = least.new_empty(min(step, n), k)
-    with torch.autocast(device.type, enabled=False):
-        for start in range(0, n, step):
-            rows = slice(start, start + step)
-            cost = torch.addmm(offset, points[rows], projection, out=buffer[: n - start])
-            least[rows], codes[rows] = _least_cpu(cost) if device.type == "cpu" else cost.min(dim=1)
-        for rest in ((codes < 0) | (codes >= k)).nonzero().flatten().split(step):
-            codes[rest] = torch.addmm(offset, points[rest], projection).argmin(dim=1)
-    return codes, least + points.square().sum(dim=1)
-
-
-def _least_cpu(cost: Tensor) -> tuple[Tensor, Tensor]:
-    """Minimum and index `[n]` of every row, the index outside `[0, k)` where several are least; overwrites `cost`.
-
-    `min` takes ten times as long as the vectorised `amin`. So a comparison marks the minima, and a product with
-    `k + index` reads the marks: two of them add up to more than `2k`.
-    """
-    k, least = cost.shape[1], cost.amin(dim=1, keepdim=True)
-    codes = torch.mv(cost.eq_(least), torch.arange(k, 2 * k, dtype=torch.float32))
-    return least[:, 0], codes.long() - k
 
 
 def _update(points: Tensor, codes: Tensor, distance: Tensor, k: int) -> Tensor:

@@ -1,8 +1,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from kernels.random_weights import poison, random_weight
+from kernels.random_weights import LAYOUTS, lay_out, poison, random_weight
 
+from lightning_qnoise.kernels.common import code_tiles
 from lightning_qnoise.kernels.gemm import pq_gemm
 from lightning_qnoise.kernels.gemv import pq_gemv
 from lightning_qnoise.kernels.table_gemv import pq_table_gemv
@@ -16,44 +17,41 @@ def _poisoned(monkeypatch):
     poison(monkeypatch)
 
 
-def check(kernel, x, weight, dtype=torch.float32, **kwargs):
-    y = kernel(x, weight.words, weight.codebook, weight.block_size, weight.bits, **kwargs)
-    scale, bias = (None if v is None else v.double() for v in (kwargs.get("scale"), kwargs.get("bias")))
-    expected = F.linear(x.double(), weight.dense.double())
-    expected = expected if scale is None else expected * scale
-    expected = expected if bias is None else expected + bias
-    assert y.dtype == x.dtype
+def check(kernel, x, weight, **kwargs):
+    y = kernel(x, *weight.args, **kwargs)
+    bias = kwargs.get("bias")
+    expected = F.linear(x.double(), weight.dense.double(), None if bias is None else bias.double())
+    assert y.dtype == x.dtype and y.shape == expected.shape
     size = expected.abs().max().item() if expected.numel() else 1
-    torch.testing.assert_close(y.double(), expected, rtol=0, atol=TOLERANCE[dtype] * size)
+    torch.testing.assert_close(y.double(), expected, rtol=0, atol=TOLERANCE[x.dtype] * size)
 
 
 @each_kernel
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("d", [1, 2, 3, 4, 8, 9, 16])
 def test_block_sizes(kernel, d, dtype):
-    weight = random_weight(n_out=7, n_in=6 * d, d=d, dtype=dtype)
-    check(kernel, torch.randn(2, 6 * d).to(dtype), weight, dtype)
+    weight = random_weight(n_out=7, groups=16, d=d, dtype=dtype)
+    check(kernel, torch.randn(2, 16 * d).to(dtype), weight)
 
 
 @each_kernel
 @pytest.mark.parametrize(
     ("rows", "sizes"),
     [
-        (1, {"n_out": 1, "n_in": 8}),
-        (3, {"n_out": 140, "n_in": 130}),  # several programs, the last block is cut
-        (5, {"n_out": 3, "n_in": 7, "d": 4}),
+        (1, {"n_out": 1, "groups": 1}),
+        (3, {"n_out": 140, "groups": 20}),  # several programs
+        (5, {"n_out": 3, "groups": 7, "d": 4}),
         (1, {"k": 1}),
-        (1, {"k": 2, "bits": 1}),
-        (2, {"k": 4, "bits": 2}),
-        (4, {"k": 13, "bits": 4}),
-        (1, {"k": 300, "bits": 16, "n_in": 24}),
-        (2, {"k": 256, "n_in": 100, "n_out": 33}),
-        (2, {"n_in": 48, "n_codebooks": 3}),
-        (3, {"n_in": 40, "n_codebooks": 5}),
-        (2, {"word": torch.uint8}),
+        (2, {"k": 2, "groups": 32}),
+        (4, {"k": 13}),
+        (1, {"k": 300, "code_dtype": torch.int16, "groups": 8}),
+        (2, {"k": 300, "code_dtype": torch.int32}),
+        (2, {"k": 256, "groups": 48, "n_out": 33}),
         (1, {"n_out": 0}),
-        (17, {"n_out": 65, "n_in": 72}),
+        (1, {"groups": 0}),
+        (17, {"n_out": 65, "groups": 9}),
         (0, {}),
+        (2, {"d": 32}),
     ],
     ids=str,
 )
@@ -65,44 +63,93 @@ def test_shapes(kernel, rows, sizes):
 @each_kernel
 @pytest.mark.parametrize("splits", [1, 2, 3, 100])
 def test_splits(kernel, splits):
-    weight = random_weight(n_in=200, n_out=130)
-    check(kernel, torch.randn(2, 200), weight, splits=splits)
+    weight = random_weight(groups=80, n_out=10)
+    check(kernel, torch.randn(2, 640), weight, splits=splits)
 
 
 @each_kernel
-def test_strides(kernel):
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("groups", [15, 16, 20])
+def test_strides_of_codes(kernel, layout, groups):
+    check(kernel, torch.randn(2, 4 * groups), random_weight(groups=groups, d=4, layout=layout))
+
+
+@each_kernel
+def test_strides_of_the_others(kernel):
     weight = random_weight()
-    check(kernel, torch.randn(40, 3).t(), weight)
-    check(kernel, torch.randn(3, 80)[:, ::2], weight)
-    check(kernel, torch.randn(40).expand(3, 40), weight)
+    weight.codebook = weight.codebook.t().contiguous().t()
+    for x in (torch.randn(40, 3).t(), torch.randn(3, 80)[:, ::2], torch.randn(40).expand(3, 40)):
+        check(kernel, x, weight)
 
 
 @each_kernel
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_scale_and_bias(kernel, dtype):
-    weight, x = random_weight(dtype=dtype), torch.randn(2, 40).to(dtype)
-    check(kernel, x, weight, dtype, bias=torch.randn(20))
-    check(kernel, x, weight, dtype, scale=torch.rand(20), bias=torch.randn(20).to(dtype))
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_bias_and_mixed_dtypes(kernel, dtype):
+    weight = random_weight(dtype=dtype)
+    check(kernel, torch.randn(2, 40).to(dtype), weight, bias=torch.randn(20))
+    check(kernel, torch.randn(2, 40).to(dtype), weight, bias=torch.randn(20).to(dtype))
+    for empty in (random_weight(groups=0, dtype=dtype), random_weight(n_out=0, dtype=dtype)):
+        check(kernel, torch.randn(2, empty.n_in).to(dtype), empty, bias=torch.randn(len(empty.codes)).to(dtype))
+    weight.codebook = weight.codebook.float()  # cast to what x has
+    check(kernel, torch.randn(2, 40).to(dtype), weight)
 
 
 def test_many_rows():
     check(pq_gemm, torch.randn(131, 40), random_weight())  # two tiles
 
 
+def test_many_outputs():
+    check(pq_table_gemv, torch.randn(1, 16), random_weight(n_out=2049, groups=2))
+
+
 def test_table_in_half_precision():
-    check(pq_table_gemv, torch.randn(2, 40), random_weight(), torch.float16, table_dtype=torch.float16)
+    x = torch.randn(2, 40)
+    y = pq_table_gemv(x, *(weight := random_weight()).args, table_dtype=torch.float16)
+    torch.testing.assert_close(y, F.linear(x, weight.dense), rtol=0, atol=2e-2)
     with pytest.raises(TypeError, match="in float32 or float16"):
-        pq_table_gemv(torch.randn(2, 40), *random_weight().args[:2], 8, table_dtype=torch.bfloat16)
+        pq_table_gemv(x, *weight.args, table_dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("groups", "layout", "dtype", "form"),  # codes of a word, words of a tile
+    [
+        (32, "rows", torch.uint8, (4, 4)),
+        (32, "in whole words", torch.uint8, (4, 4)),
+        (20, "rows", torch.uint8, (4, 1)),
+        (15, "rows", torch.uint8, (1, 1)),
+        (32, "in odd rows", torch.uint8, (1, 1)),
+        (32, "at an odd address", torch.uint8, (1, 4)),
+        (32, "columns", torch.uint8, (1, 1)),
+        (32, "rows", torch.int16, (1, 4)),
+        (15, "rows", torch.int32, (1, 1)),
+    ],
+)
+def test_codes_are_read_where_they_lie(groups, layout, dtype, form):
+    codes = lay_out(torch.zeros(20, groups, dtype=dtype), layout)
+    tiles = code_tiles(codes)
+    assert tiles.words.data_ptr() == codes.data_ptr()
+    assert (tiles.per_word, tiles.tile) == form
+    assert tiles.steps * tiles.tile * tiles.per_word == groups
+    assert code_tiles(codes, widest=1).tile == 1
 
 
 @each_kernel
 def test_inputs_are_checked(kernel):
-    words, codebook, *_ = random_weight().args
-    with pytest.raises(ValueError, match="6 groups of codes of 8 bits are contiguous"):
-        kernel(torch.randn(2, 48), words[:1], codebook, 8)
-    with pytest.raises(ValueError, match=r"the input is \[M, 40\]"):
-        kernel(torch.randn(1, 2, 40), words, codebook, 8)
+    codes, codebook = random_weight().args
+    x = torch.randn(2, 40)
+    with pytest.raises(ValueError, match=r"the input is \[M, 40\], got \[2, 39\]"):
+        kernel(x[:, 1:], codes, codebook)
+    with pytest.raises(ValueError, match=r"the input is \[M, 40\], got \[1, 2, 40\]"):
+        kernel(x[None], codes, codebook)
     with pytest.raises(ValueError, match=r"the bias is contiguous \[20\], got \[19\]"):
-        kernel(torch.randn(2, 40), words, codebook, 8, bias=torch.randn(19))
+        kernel(x, codes, codebook, torch.randn(19))
+    with pytest.raises(ValueError, match=r"1 part or more, got 0"):
+        kernel(x, codes, codebook, splits=0)
+    with pytest.raises(ValueError, match=r"32 columns at most, got 33"):
+        kernel(torch.randn(2, 165), codes, torch.randn(12, 33))
     with pytest.raises(TypeError, match="float64"):
-        kernel(torch.randn(2, 40).double(), words, codebook, 8)
+        kernel(x.double(), codes, codebook)
+    with pytest.raises(TypeError, match="int64"):
+        kernel(x, codes.long(), codebook)
+    with pytest.raises(ValueError, match="on one device"):
+        kernel(x, codes.to("meta"), codebook)

@@ -5,31 +5,46 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_qnoise.kernels.layout import pack_words, pad_codebook
-
 
 @dataclass
 class Weight:
-    words: Tensor
-    codebook: Tensor
-    n_in: int
-    block_size: int
-    bits: int
+    codes: Tensor  # [out, groups]
+    codebook: Tensor  # [K, d]
     dense: Tensor  # as it decodes, in the dtype of the codebook
 
     @property
     def args(self):
-        return self.words, self.codebook, self.n_in, self.block_size, self.bits
+        return self.codes, self.codebook
+
+    @property
+    def n_in(self):
+        return self.dense.shape[1]
 
 
-def random_weight(n_out=20, n_in=40, k=12, d=8, bits=8, n_codebooks=1, dtype=torch.float32, word=torch.int32):
-    groups = -(-n_in // d)
-    codes = torch.randint(k, (groups, n_out))
-    codebook = torch.randn(n_codebooks, k, d).to(dtype)
-    which = torch.arange(groups)[:, None] // (groups // n_codebooks)
-    dense = codebook[which, codes].permute(1, 0, 2).reshape(n_out, groups * d)[:, :n_in]
-    words = pack_words(codes, bits) if word == torch.int32 else codes.to(word)
-    return Weight(words, pad_codebook(codebook), n_in, d, bits, dense)
+LAYOUTS = {  # columns before and after the codes in memory, bytes before them
+    "rows": (0, 0, 0),
+    "in whole words": (16, 16, 0),
+    "in odd rows": (3, 2, 0),
+    "at an odd address": (0, 0, 1),
+    "columns": (0, 0, 0),
+}
+
+
+def lay_out(codes, layout):
+    """Return the same codes with other strides."""
+    if layout == "columns":
+        return codes.t().contiguous().t()
+    (n_out, groups), (before, after, offset) = codes.shape, LAYOUTS[layout]
+    row = before + groups + after
+    memory = codes.new_zeros(n_out * row + offset)[offset:].view(n_out, row)
+    return memory[:, before : before + groups].copy_(codes)
+
+
+def random_weight(n_out=20, groups=5, k=12, d=8, dtype=torch.float32, code_dtype=torch.uint8, layout="rows"):
+    codes = torch.randint(k, (n_out, groups))
+    codebook = torch.randn(k, d).to(dtype)
+    dense = codebook[codes].reshape(n_out, groups * d)
+    return Weight(lay_out(codes.to(code_dtype), layout), codebook, dense)
 
 
 def poison(monkeypatch):

@@ -64,12 +64,34 @@ def test_nothing_spills(compiled):
             assert used["SHARED"] <= SHARED_MEMORY[arch], (label, arch)
 
 
-@pytest.mark.parametrize("label", ["decode", "gemv M=1", "gemv M=4", "gemm M=16", "gemm M=128"])
+@pytest.mark.parametrize(
+    "label", ["decode", "embedding", "gemv M=1", "gemv M=4", "gemv M=4 odd", "gemm M=16", "gemm M=128"]
+)
 def test_a_row_of_the_codebook_is_one_load(compiled, label):
     """16 bytes at K = 256, d = 8 in float16, through the L1 cache: no asynchronous copy, which would bypass it."""
     for used in compiled[label].values():
         assert "LDG.128" in used["instructions"]
         assert not [kind for kind in used["instructions"] if kind.startswith("LDGSTS")]
+
+
+@pytest.mark.parametrize(
+    ("label", "loads"),
+    [
+        ("gemv M=4, table: lookup_kernel", {"LDG.128", "LDG"}),  # 16 codes, one entry of the table
+        ("gemv M=1, tall table: lookup_kernel", {"LDG.128", "LDG"}),
+        ("gemv M=4, table words: lookup_kernel", {"LDG"}),
+        ("gemv M=4, table int16: lookup_kernel", {"LDG.64", "LDG"}),
+        ("gemv M=4, table: table_kernel", {"LDG.128"}),
+        ("gemv M=1", {"LDG.128"}),  # codes, codebook and x
+        ("gemv M=4", {"LDG.128"}),
+        ("gemv M=4 fp32", {"LDG.128"}),
+        ("gemv M=4 words", {"LDG.128", "LDG"}),
+        ("gemv M=4 odd", {"LDG.128", "LDG.U8"}),
+    ],
+)
+def test_codes_are_read_by_wide_loads(compiled, label, loads):
+    for used in compiled[label].values():
+        assert {kind for kind in used["instructions"] if kind.startswith("LDG")} == loads
 
 
 @pytest.mark.parametrize("rows", [16, 128])
@@ -80,6 +102,37 @@ def test_the_product_runs_on_tensor_cores(compiled, rows):
     assert f"HGMMA.64x{rows}x16" in kinds["90"]
 
 
-def test_the_lookups_share_nothing(compiled):
-    for used in compiled["gemv M=4, table: lookup_kernel"].values():
+def test_no_lane_waits_for_another(compiled):
+    """Where a lane has an output of its own, or neighbouring ones a row, nothing goes through shared memory."""
+    labels = [label for label in compiled if label.startswith("gemv")]
+    for label in [*labels, "decode", "decode int16", "embedding"]:
+        assert {used["SHARED"] for used in compiled[label].values()} == {0}, label
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("case", ["M=16 float16", "M=128 float16", "M=128 bfloat16"])
+def test_integers_are_copied_asynchronously_and_multiplied_on_tensor_cores(compiled, bits, case):
+    rows = case.split()[0].removeprefix("M=")
+    kinds = {arch: used["instructions"] for arch, used in compiled[f"int{bits} {case}"].items()}
+    assert any(kind.startswith("HMMA") for kind in kinds["80"])
+    assert f"HGMMA.64x{rows}x16" in kinds["90"]
+    for found in kinds.values():  # codes and inputs; a zero point is a byte, and scales are float32
+        assert {"LDGSTS.128"} <= set(found) or {"LDGSTS.64"} <= set(found)
+        assert {kind for kind in found if kind.startswith("LDG") and "STS" not in kind} <= {"LDG", "LDG.U8"}
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("name", ["int", "clamped int", "grouped int", "int gradient", "pq", "mean", "zero"])
+def test_noise_reads_and_writes_16_bytes_at_once(compiled, name, dtype):
+    for used in compiled[f"noise {name} {dtype}"].values():
+        assert {"LDG.128", "STG.128"} <= set(used["instructions"])
+        assert not [kind for kind in used["instructions"] if kind.startswith("STG") and kind != "STG.128"]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("name", ["int", "clamped int", "grouped int"])
+def test_noise_rounds_by_adding_and_subtracting(compiled, name, dtype):
+    """Neither is folded away, and no mask goes through shared memory."""
+    for used in compiled[f"noise {name} {dtype}"].values():
+        assert used["halves"] == 2 * 2048 // 128  # for each of a thread's elements
         assert used["SHARED"] == 0

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_qnoise import Int, load, quantize, save
+from lightning_qnoise import PQ, Int, load, quantize, save, set_memory, train_codebooks
 from lightning_qnoise.calibrate import calibrate
 from lightning_qnoise.ops import has_int8
 
@@ -62,7 +62,7 @@ def test_no_float_weight_is_made(name):
         model(x)
     assert counter.found == 0
     with FloatsOf(130 * 127) as counter:
-        model(x)  # with gradients it is decoded, so the test can fail
+        model[0].packed("weight").decode()  # which shows, so the test can fail
     assert counter.found
 
 
@@ -80,6 +80,24 @@ def test_gradients_groups_and_small_layers_stay_float():
     x.requires_grad_()
     model(x).sum().backward()
     assert x.grad.abs().sum() > 0 and not model[0].packed("weight")._made
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mode", ["dynamic", "static"])
+def test_int8_codewords_run_in_integers_where_memory_is_fast(mode):
+    scheme = PQ(block_size=5, n_centroids=16, codebook=Int(8, "tensor"), activation=Int(8, mode=mode))
+    model, x = layer(scheme), torch.randn(3, 130)
+    packed, expected = model[0].packed("weight"), model(x)
+    assert "int8" not in packed._made
+    set_memory(model, "fast")
+    with FloatsOf(130 * 127) as counter:
+        torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
+    assert "int8" in packed._made and not counter.found
+    model.train()
+    train_codebooks(model)
+    assert "int8" not in packed._made
+    torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
+    assert not packed.is_int8
 
 
 @torch.no_grad()

@@ -5,11 +5,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lightning_qnoise.ops import Int8Weight, has_int8, int8_linear, prepare_int8
+from lightning_qnoise.ops import Int8Weight, has_int8, prepare_grid, prepare_int8
+from lightning_qnoise.ops import int8_linear as int8_linear_on
 
 pytestmark = pytest.mark.skipif(not has_int8("cpu"), reason="this processor saturates int8 products")
 each_symmetric = pytest.mark.parametrize("symmetric", [False, True])
 each_grid = pytest.mark.parametrize("grid", ["tensor", "token"])
+
+
+def int8_linear(x, weight, bias, scale, zero_point, bits=8):
+    return int8_linear_on(x, weight, bias, prepare_grid(weight, scale, zero_point, bits))
 
 
 def make_weight(n_out, n_in, symmetric=False, per="channel", bits=8):
@@ -160,7 +165,7 @@ def test_errors():
     one = torch.tensor(1.0)
     with pytest.raises(ValueError, match=r"input \[\.\.\., 8\]"):
         int8_linear(torch.randn(2, 9), weight, None, one, one)
-    with pytest.raises(ValueError, match="grid"):
+    with pytest.raises(ValueError, match="3 scales"):
         int8_linear(torch.randn(2, 8), weight, None, torch.ones(3, 1), torch.ones(3, 1))
     with pytest.raises(ValueError, match="one scale per row, got 16 scales for 4 rows"):
         prepare_int8(torch.zeros(4, 8, dtype=torch.uint8), torch.ones(4, 4), None)

@@ -6,7 +6,7 @@ import torch
 from references import inertia, squared_distances
 from sklearn.cluster import KMeans
 
-from lightning_qnoise.schemes import kmeans as module
+from lightning_qnoise.ops import kmeans_library as module
 from lightning_qnoise.schemes.kmeans import kmeans, nearest
 
 

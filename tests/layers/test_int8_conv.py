@@ -1,0 +1,133 @@
+"""A packed Conv2d: in integers where its input is quantized, with its channels last where its images are few."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lightning_qnoise import PQ, Int, quantize, set_memory
+from lightning_qnoise.calibrate import calibrate
+from lightning_qnoise.ops import has_int8
+from lightning_qnoise.schemes import int8_products
+
+integers = pytest.mark.skipif(not has_int8("cpu"), reason="this processor has no exact int8 kernels")
+SCHEMES = {
+    "dynamic": Int(8, activation=Int(8)),
+    "static": Int(8, activation=Int(8, mode="static")),
+    "per tensor, symmetric": Int(8, symmetric=True, activation=Int(8, per="tensor", symmetric=True)),
+    "one scale, int4": Int(4, "tensor", activation=Int(8)),
+    "int8 codewords": PQ(block_size=3, n_centroids=16, codebook=Int(8, "tensor"), activation=Int(8)),
+}
+
+
+class Standardized(nn.Conv2d):
+    """A convolution that changes its weight in every forward."""
+
+    def _conv_forward(self, input, weight, bias):
+        return super()._conv_forward(input, weight - weight.mean(), bias)
+
+
+def layer(scheme, *args, kind=nn.Conv2d, **kwargs):
+    torch.manual_seed(0)
+    model = nn.Sequential(kind(*args, **kwargs))
+    return calibrate(quantize(model, scheme), [torch.randn(8, args[0], 12, 12)]).eval()
+
+
+@pytest.fixture
+def _small_pays(monkeypatch):
+    monkeypatch.setattr(int8_products, "_LEAST_PRODUCTS", 0)
+    monkeypatch.setattr(int8_products, "_LEAST_REUSE", 0)
+
+
+@integers
+@pytest.mark.usefixtures("_small_pays")
+@pytest.mark.parametrize("memory", ["lean", "fast"])
+@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"padding": 1},
+        {"stride": (2, 1), "padding": (0, 2), "bias": False},
+        {"padding": "same", "dilation": 2},
+        {"padding": "valid"},
+    ],
+    ids=str,
+)
+def test_integers_are_equal_to_the_arithmetic_in_floats(name, options, memory):
+    model = set_memory(layer(SCHEMES[name], 5, 7, 3, **options), memory)
+    packed, x = model[0].packed("weight"), torch.randn(3, 5, 12, 12)
+    with torch.no_grad():
+        found = model(x)
+        assert ("int8" in packed._made) == (memory == "fast" or name != "int8 codewords")
+        values, weight = packed.quantize_input(x).double(), packed.decode().double()
+        bias = None if model[0].bias is None else model[0].bias.double()
+        expected = model[0]._conv_forward(values, weight, bias)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+    assert found.is_contiguous()
+
+
+@pytest.mark.usefixtures("_small_pays")
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (nn.Conv2d, {"groups": 2}),
+        (nn.Conv2d, {"padding": 1, "padding_mode": "reflect"}),
+        (Standardized, {"padding": 1}),
+    ],
+    ids=str,
+)
+def test_special_convolutions_decode(kind, options):
+    plain = kind(4, 6, 3, **options)
+    model = layer(Int(8, activation=Int(8)), 4, 6, 3, kind=kind, **options)
+    plain.load_state_dict({"weight": model[0].weight, "bias": model[0].bias})
+    packed, x = model[0].packed("weight"), torch.randn(3, 4, 12, 12)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), plain(packed.quantize_input(x)))
+    assert "int8" not in packed._made
+
+
+@pytest.mark.usefixtures("_small_pays")
+def test_gradients_and_single_images_decode():
+    model, x = layer(Int(8, activation=Int(8)), 4, 6, 3), torch.randn(2, 4, 12, 12, requires_grad=True)
+    model(x).sum().backward()
+    assert x.grad.abs().sum() > 0
+    with torch.no_grad():
+        assert model(x[0].detach()).shape == (6, 10, 10)
+    assert "int8" not in model[0].packed("weight")._made
+
+
+@integers
+@torch.no_grad()
+def test_small_convolutions_decode_and_large_ones_do_not():
+    for size, images, in_integers in [(12, 8, True), (3, 4, False)]:
+        model = layer(Int(8, activation=Int(8)), 64, 64, 3, padding=1)
+        model(torch.randn(images, 64, size, size))
+        assert ("int8" in model[0].packed("weight")._made) == in_integers
+
+
+@integers
+@torch.no_grad()
+def test_another_range_is_seen():
+    model, x = layer(SCHEMES["static"], 64, 64, 3), torch.randn(8, 64, 12, 12)
+    before, packed = model(x), model[0].packed("weight")
+    packed.set_input_range(torch.tensor(-0.1), torch.tensor(0.1))
+    narrow = model(x)
+    assert not torch.allclose(before, narrow, atol=0.1)
+    torch.testing.assert_close(narrow, F.conv2d(packed.quantize_input(x), packed.decode(), model[0].bias))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("scheme", [Int(8), Int(8, activation=Int(8)), PQ(block_size=9, n_centroids=16)], ids=str)
+def test_few_positions_read_the_weight_with_its_channels_last(scheme):
+    model = layer(scheme, 32, 24, 3, padding=1, stride=2)
+    fast = set_memory(copy.deepcopy(model), "fast")
+    packed = fast[0].packed("weight")
+    for shape, kept in [((1, 32, 8, 8), 1), ((1, 32, 30, 30), 2), ((16, 32, 4, 4), 2)]:
+        x = torch.randn(shape)
+        y = fast(x)
+        torch.testing.assert_close(y, model(x), rtol=1e-4, atol=1e-5)
+        assert y.is_contiguous() and sum(isinstance(key, torch.memory_format) for key in packed._made) == kept
+    x = torch.randn(1, 32, 8, 8).contiguous(memory_format=torch.channels_last)
+    assert fast(x).is_contiguous(memory_format=torch.channels_last)
