@@ -6,6 +6,7 @@ which serves every device that has no implementation of its own, and is opaque t
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Collection
 from functools import lru_cache
 from importlib.util import find_spec
@@ -20,8 +21,11 @@ OPS = torch.ops.lightning_qnoise
 
 @lru_cache
 def has_triton() -> bool:
-    """Whether the Triton kernels can be imported; on a GPU without them the references serve."""
-    return find_spec("triton") is not None
+    """Whether the Triton kernels can be imported, and `LIGHTNING_QNOISE_TRITON=0` is not set when the package is.
+
+    On a GPU without them the references serve.
+    """
+    return find_spec("triton") is not None and os.environ.get("LIGHTNING_QNOISE_TRITON") != "0"
 
 
 def register(

@@ -24,7 +24,7 @@ import torch
 from lightning_qnoise.ops import pq_decode, pq_embedding, pq_linear
 from lightning_qnoise.ops.library import has_triton
 
-assert has_triton() == ("hidden" not in sys.argv)
+assert has_triton() == (not {"hidden", "off"} & set(sys.argv))
 codes, codebook = torch.tensor([[0, 1], [1, 1]]).byte(), torch.tensor([[1.0, 2.0], [3.0, 4.0]], requires_grad=True)
 x = torch.tensor([[1.0, 0.0, 1.0, 0.0]], requires_grad=True)
 y = pq_linear(x, codes, codebook)
@@ -38,9 +38,9 @@ print(isinstance(sys.modules.get("lightning_qnoise.kernels.common"), type(sys)))
 """
 
 
-def run(*args):
+def run(*args, **variables):
     command = [sys.executable, "-c", USE, ",".join(NAMES), *args]
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    env = {**os.environ, "PYTHONPATH": str(ROOT), **variables}
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
@@ -48,6 +48,11 @@ def run(*args):
 
 def test_without_triton_the_references_serve_a_gpu():
     assert run("hidden") == ["", "False"]
+
+
+def test_the_kernels_can_be_switched_off():
+    pytest.importorskip("triton")
+    assert run("off", LIGHTNING_QNOISE_TRITON="0") == ["", "False"]
 
 
 def test_with_triton_the_kernels_serve_a_gpu():
