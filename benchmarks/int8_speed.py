@@ -1,6 +1,7 @@
 """What integer execution gains: the time of a model in float32 over that of the model packed as int8.
 
-Linear layers run in integers, convolutions and attention's own projections in floats (`set_memory(model, "fast")`).
+Linear layers and large convolutions with quantized inputs run in integers, small convolutions and attention's own
+projections in floats (`set_memory(model, "fast")`).
 
 `python benchmarks/int8_speed.py` prints a row per model, batch and route and writes `results/int8_speed.csv` here.
 Everything runs on one thread, and its processor time is counted: the models take turns, each with a few calls in a
@@ -32,12 +33,13 @@ ROUTES = {
     "dynamic per tensor": Int(8, per="tensor"),
     "static": Int(8, mode="static"),
 }
+PRESET = "ipq+int8"  # packed in one shot: product quantization with int8 codewords, dynamic per token
 
 
 def packed(model: nn.Module, route: str, symmetric: bool, x: Tensor) -> nn.Module:
     """Return a packed copy: int8 weights, decoded once where they are not multiplied in integers."""
     model = copy.deepcopy(model)
-    quantize(model, Int(8, symmetric=symmetric, activation=ROUTES[route]), [x])
+    quantize(model, PRESET if route == PRESET else Int(8, symmetric=symmetric, activation=ROUTES[route]), [x])
     return set_memory(model, "fast")
 
 
@@ -53,6 +55,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Tensor]]] = {
     "text task": (text_model, lambda n: torch.randint(0, 1024, (n, 64))),
     "shipped LM": (TransformerLM, lambda n: torch.randint(0, 1024, (n, 64))),
     "shipped convnet": (DigitsClassifier, lambda n: torch.randn(n, 1, 8, 8)),
+    "wide convnet": (lambda: DigitsClassifier(width=64), lambda n: torch.randn(n, 1, 32, 32)),
 }
 
 
@@ -76,7 +79,7 @@ def measure(name: str, batch: int, turns: int) -> list[dict[str, object]]:
     torch.manual_seed(0)
     build, inputs = MODELS[name]
     model, x = build().eval(), inputs(batch)
-    keys = [(route, symmetric) for route in ROUTES for symmetric in (False, True)]
+    keys = [(route, symmetric) for route in ROUTES for symmetric in (False, True)] + [(PRESET, False)]
     models = {("float32", False): model} | {key: packed(model, *key, x) for key in keys}
     ms = in_turns(models, x, turns)
     reference = ms[("float32", False)]

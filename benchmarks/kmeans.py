@@ -7,6 +7,10 @@ noisy machine leaves alone. The relative error, a mean over rounds, is `sum |x -
 There are two stand-ins for fairseq's EM, written from its description: the memory layout that it has (all distances
 at once, over 1 GB) and a friendlier one. They run one round, and on large matrices only with `--full`. `--device cuda`
 adds ours on the GPU, with a 4096x4096 matrix. Where faiss or scikit-learn is absent, its row says so.
+
+The assignment alone, `kmeans_assign`, against the plain expression with the matrix of all points and centroids goes
+into `results/kmeans_assign.csv` (`--only assign`): the median milliseconds of rounds in turns, the median of the ratio
+within a round, and "MiB", what each holds at its peak besides its arguments.
 """
 
 from __future__ import annotations
@@ -21,11 +25,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from kernel_bench.timers import peak_bytes
 from torch import Tensor
 
+from lightning_qnoise.ops import kmeans_assign
 from lightning_qnoise.schemes.kmeans import kmeans, nearest
 
 D, K, ITERATIONS = 8, 256, 20
+POINTS = (2**18, 2**21)  # of the assignment
 MISSING = "not installed"
 
 
@@ -156,6 +163,55 @@ def ratio(ours: list[float], theirs: list[float]) -> float | str:
     return round(statistics.median(a / b for a, b in pairs), 3) if pairs else ""
 
 
+def plain_assign(points: Tensor, centroids: Tensor) -> Tensor:
+    """Return the nearest centroids as one writes it down, with all distances at once."""
+    return (centroids.square().sum(1) - 2 * points @ centroids.T).argmin(1)
+
+
+def measure_assign(n: int, rounds: int) -> list[dict[str, object]]:
+    """Return a row for each way to assign `n` points."""
+    torch.manual_seed(0)
+    points, centroids = torch.randn(n, D), torch.randn(K, D)
+    ways = {
+        "kmeans_assign": lambda: kmeans_assign(points, centroids)[0],
+        "whole matrix": lambda: plain_assign(points, centroids),
+    }
+    found, expected = (way() for way in ways.values())
+    if (found == expected).float().mean() < 0.9999:  # equally near within rounding
+        raise SystemExit("the assignments differ")
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, way in ways.items():
+            start = time.thread_time()
+            way()
+            seconds[name].append(time.thread_time() - start)
+    return [
+        {
+            "way": name,
+            "points": n,
+            "ms": round(1000 * statistics.median(seconds[name]), 1),
+            "times_faster": ratio(seconds["whole matrix"], seconds[name]),
+            "MiB": round(peak_bytes(way) / 2**20, 1),
+            "rounds": rounds,
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "machine": platform.machine(),
+        }
+        for name, way in ways.items()
+    ]
+
+
+def write(rows: list[dict[str, object]], path: Path) -> None:
+    """Print and write a table."""
+    for row in rows:
+        print("  ".join(f"{key}={value}" for key, value in row.items()), flush=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -164,26 +220,25 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--full", action="store_true", help="the broadcast EM on every shape: ten minutes and more")
+    parser.add_argument("--only", choices=["kmeans", "assign"])
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "kmeans.csv")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     jobs = [(shape, "cpu") for shape in arguments.shapes]
     if arguments.device == "cuda":
         jobs += [(shape, "cuda") for shape in (*arguments.shapes, "4096x4096")]
-    rows = []
-    for shape, device in jobs:
-        height, width = map(int, shape.split("x"))
-        methods = list(METHODS) if device == "cpu" else ON_GPU
-        if height * width > 1 << 20 and not arguments.full:
-            methods = [method for method in methods if method not in SLOW]
-        for row in measure(height, width, methods, device, arguments.rounds):
-            rows.append(row)
-            print("  ".join(f"{key}={value}" for key, value in row.items()), flush=True)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    with open(arguments.out, "w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    if arguments.only != "assign":
+        rows = []
+        for shape, device in jobs:
+            height, width = map(int, shape.split("x"))
+            methods = list(METHODS) if device == "cpu" else ON_GPU
+            if height * width > 1 << 20 and not arguments.full:
+                methods = [method for method in methods if method not in SLOW]
+            rows += measure(height, width, methods, device, arguments.rounds)
+        write(rows, arguments.out)
+    if arguments.only != "kmeans":
+        rows = [row for n in POINTS for row in measure_assign(n, arguments.rounds)]
+        write(rows, arguments.out.with_name("kmeans_assign.csv"))
 
 
 if __name__ == "__main__":

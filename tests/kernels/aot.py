@@ -116,8 +116,8 @@ def launches():
     yield "embedding", partial(embedding.pq_embedding, ids, *half.args), [(decode, "decode_kernel")]
     for weight, label in [(half, ""), (single, " fp32"), (nine, " d=9"), (short, " words"), (large, " int16")]:
         yield f"gemv M=4, table{label}:", product(table_gemv.pq_table_gemv, 4, weight), lookup
-    tall = random_weight(4096, 128, 256, dtype=torch.float16)
-    yield "gemv M=1, tall table:", partial(table_gemv.pq_table_gemv, torch.zeros(1, 1024).half(), *tall.args), lookup
+    tall = random_weight(4096, 48, 256, dtype=torch.float16)
+    yield "gemv M=1, tall table:", partial(table_gemv.pq_table_gemv, torch.zeros(1, 384).half(), *tall.args), lookup
     for rows, weight, label in [
         *[(rows, half, "") for rows in (1, 4)],
         (4, single, " fp32"),
@@ -130,6 +130,15 @@ def launches():
         *[(128, weight, label) for weight, label in [(four, " d=4"), (nine, " d=9"), (single, " fp32")]],
     ]:
         yield f"gemm M={rows}{label}", product(gemm.pq_gemm, rows, weight), [(gemm, "gemm_kernel")]
+    one = random_weight(1, 1, 1, dtype=torch.float16)  # sizes of 1 are constants to the compiler
+    yield "decode one", partial(decode.pq_decode, *one.args), [(decode, "decode_kernel")]
+    yield "embedding one", partial(embedding.pq_embedding, ids, *one.args), [(decode, "decode_kernel")]
+    for launcher, kernels in [
+        (table_gemv.pq_table_gemv, lookup[:2]),
+        (gemv.pq_gemv, [(gemv, "gemv_kernel")]),
+        (gemm.pq_gemm, [(gemm, "gemm_kernel")]),
+    ]:
+        yield f"{launcher.__name__} one", partial(launcher, torch.zeros(1, 8).half(), *one.args), kernels
     blocks = torch.zeros(4096, 8)
     yield "segment sum", partial(segment_sum.segment_sum, blocks, *codes), [(segment_sum, "segment_sum_kernel")]
     for d in (8, 9, 24, 64):
