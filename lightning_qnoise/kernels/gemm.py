@@ -122,7 +122,7 @@ def pq_gemm(
             BLOCK_O=64,
             BLOCK_G=block_g,
             DOT_DTYPE=tl.float32 if interpreted(gemm_kernel) else TL_DTYPES[x.dtype],
-            num_warps=8 if single or width < 8 else 4,  # many codes, too, take registers
+            num_warps=8 if single or width < 8 or width > d else 4,  # many codes or addresses take registers, too
             num_stages=1,  # more would fetch the codebook past the L1 cache
         )
         return sum_splits(partial, x.dtype, bias=bias)
