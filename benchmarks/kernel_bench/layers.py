@@ -30,7 +30,7 @@ def layers(weights: Weights, x: Tensor) -> list[Variant]:
                 [lambda model=model: model(x)],
                 expected,
                 read + n_bytes(x) + size,
-                memory=Memory(held, file_bytes, lambda model=model, memory=memory: set_memory(model, memory)),
+                memory=Memory(held, file_bytes, model[0].packed("weight").forget),
                 rotates=False,
             )
         )
@@ -39,12 +39,12 @@ def layers(weights: Weights, x: Tensor) -> list[Variant]:
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def packed(weights: Weights, memory: Literal["lean", "fast"]) -> tuple[nn.Module, int]:
+def packed(weights: Weights, memory: Literal["lean", "fast"]) -> tuple[nn.Sequential, int]:
     """Return a quantized Linear without bias with the first copy's codes and codewords, and the bytes of its file."""
     n_out, n_in = weights.shape
-    model: nn.Module = nn.Linear(n_in, n_out, bias=False, device=weights.device, dtype=weights.dtype)
+    linear = nn.Linear(n_in, n_out, bias=False, device=weights.device, dtype=weights.dtype)
     dtype = str(weights.dtype).removeprefix("torch.")
-    model = quantize(nn.Sequential(model), PQ(BLOCK, CODEWORDS, codebook_dtype=dtype, n_iter=1))
+    model = quantize(nn.Sequential(linear), PQ(BLOCK, CODEWORDS, codebook_dtype=dtype, n_iter=1))
     weight = model[0].packed("weight")
     weight.write_codes(weights.codes[0].clone())
     weight.write_codebook(weights.codebooks[0].clone())

@@ -30,7 +30,8 @@ def int8(weights: Weights, x: Tensor) -> Variant:
     x = x.bfloat16() if x.dtype == torch.float32 else x  # on a CPU, float32 is not vectorized
     (n_out, n_in), count = weights.shape, weights.copies(weights.shape[0] * weights.shape[1])
     codes = weights.made("int8", lambda: weights.integers(256, count, n_out, n_in).view(torch.int8))
-    scales = weights.made("int8 scales", lambda: weights.random(count, n_out, dtype=x.dtype))
+    # divided by 64, the results do not overflow float16
+    scales = weights.made("int8 scales", lambda: weights.random(count, n_out, dtype=x.dtype) / 64)
     calls = [partial(torch._weight_int8pack_mm, x, *pair) for pair in zip(codes, scales, strict=True)]
     expected = lru_cache(2)(lambda i: x.double() @ codes[i].double().t() * scales[i].double())
     return _variant("int8 weight-only (torch)", calls, expected, x, weights, codes[0], scales[0])

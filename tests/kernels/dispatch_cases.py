@@ -56,6 +56,7 @@ def test_every_route(route, dtype, small_slices):
         assert y.dtype == dtype and y.is_contiguous()
         assert_near(y, F.linear(x.double(), weight.dense.double(), None if b is None else b.double()), dtype)
         assert_near(y, pq_library._linear(x, *weight.args, b), dtype)
+    assert torch.equal(pq_cuda.linear(x, weight.codes, weight.codebook.float(), b, route), y)
 
 
 @pytest.mark.parametrize(("rows", "route"), [(4, "lookup"), (5, "gemv"), (16, "gemm"), (257, "decode")])

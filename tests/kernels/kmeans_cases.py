@@ -34,7 +34,7 @@ def test_sum_of_skewed_and_empty_segments(parts):
     check_sum(torch.randn(380, 4), codes, 11, parts)
 
 
-@pytest.mark.parametrize(("k", "dtype"), [(256, torch.uint8), (300, torch.uint8), (300, torch.int16), (1, torch.int32)])
+@pytest.mark.parametrize(("k", "dtype"), [(256, torch.uint8), (257, torch.uint8), (300, torch.int16), (1, torch.int32)])
 def test_segments(k, dtype):
     codes = torch.randint(min(k, 200), (40, 7)).to(dtype).t()  # some are unused
     order, offsets = segments(codes, k)

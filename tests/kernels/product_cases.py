@@ -94,6 +94,16 @@ def test_bias_and_mixed_dtypes(kernel, dtype):
     check(kernel, torch.randn(2, 40).to(dtype), weight)
 
 
+@each_kernel
+def test_an_infinite_input_meets_no_padding(kernel):
+    weight = random_weight(d=3)
+    x = torch.randn(2, 15)
+    x[0, 3] = torch.inf
+    expected = F.linear(x, weight.dense)
+    assert expected[0].isinf().all()
+    torch.testing.assert_close(kernel(x, *weight.args), expected)
+
+
 def test_many_rows():
     check(pq_gemm, torch.randn(131, 40), random_weight())  # two tiles
 
@@ -119,6 +129,7 @@ def test_table_in_half_precision():
         (15, "rows", torch.uint8, (1, 1)),
         (32, "in odd rows", torch.uint8, (1, 1)),
         (32, "at an odd address", torch.uint8, (1, 4)),
+        (32, "in every other column", torch.uint8, (1, 4)),
         (32, "columns", torch.uint8, (1, 1)),
         (32, "rows", torch.int16, (1, 4)),
         (15, "rows", torch.int32, (1, 1)),

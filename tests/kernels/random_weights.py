@@ -21,12 +21,13 @@ class Weight:
         return self.dense.shape[1]
 
 
-LAYOUTS = {  # columns before and after the codes in memory, bytes before them
-    "rows": (0, 0, 0),
-    "in whole words": (16, 16, 0),
-    "in odd rows": (3, 2, 0),
-    "at an odd address": (0, 0, 1),
-    "columns": (0, 0, 0),
+LAYOUTS = {  # columns before and after the codes in memory, bytes before them, columns from one to the next
+    "rows": (0, 0, 0, 1),
+    "in whole words": (16, 16, 0, 1),
+    "in odd rows": (0, 1, 0, 1),
+    "at an odd address": (0, 0, 1, 1),
+    "in every other column": (0, 0, 0, 2),
+    "columns": (0, 0, 0, 1),
 }
 
 
@@ -34,10 +35,10 @@ def lay_out(codes, layout):
     """Return the same codes with other strides."""
     if layout == "columns":
         return codes.t().contiguous().t()
-    (n_out, groups), (before, after, offset) = codes.shape, LAYOUTS[layout]
-    row = before + groups + after
+    (n_out, groups), (before, after, offset, step) = codes.shape, LAYOUTS[layout]
+    row = before + groups * step + after
     memory = codes.new_zeros(n_out * row + offset)[offset:].view(n_out, row)
-    return memory[:, before : before + groups].copy_(codes)
+    return memory[:, before : before + groups * step : step].copy_(codes)
 
 
 def random_weight(n_out=20, groups=5, k=12, d=8, dtype=torch.float32, code_dtype=torch.uint8, layout="rows"):
