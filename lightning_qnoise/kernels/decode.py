@@ -42,8 +42,9 @@ def decode_kernel(
     e = tl.arange(0, WIDTH)[None, None, :]
     values = tl.load(codebook + code[:, :, None] * WIDTH + e)
     if ids is not None:
-        values = tl.where((source == asked)[:, None, None], values, float("nan")).to(out.dtype.element_ty)
+        values = tl.where((source == asked)[:, None, None], values.to(tl.float32), float("nan"))
     target = out + (rows[:, None].to(tl.int64) * groups + group[None, :])[:, :, None] * D + e
+    values = values.to(out.dtype.element_ty)
     tl.store(target, values, mask=((rows[:, None] < n_out) & (group[None, :] < groups))[:, :, None] & (e < D))
 
 
