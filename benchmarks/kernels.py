@@ -4,7 +4,7 @@
 writes `results/kernels_cuda.csv` and `.png` here as it goes, and ends in the bars that are met. A ratio above 1 is
 faster than the dense product in the same case, mode and run; of k-means, than `addmm` and `argmin`. Before it is timed
 every variant is checked against float64 on random codes, with all new memory poisoned, and what is wrong is not
-reported: its line starts with RED, and the exit status is 1. How it is timed: `kernel_bench/timers.py`.
+reported: its line starts with RED, and the exit status is 1. How it is timed: `kernel_bench/*timer*.py`.
 
 Passes: `forward` is `x @ W.T`, `dx` the gradient of x, `dc` that of the codebook (dense: of the matrix), `assign` the
 nearest codeword of every block. "GB_per_s" counts operands and result once; "peak_MiB" is what a call holds besides
@@ -27,10 +27,11 @@ from typing import Any
 import torch
 from kernel_bench.bars import bars
 from kernel_bench.cases import BLOCK, CODEWORDS, Case, Weights
+from kernel_bench.cuda_timer import CudaTimer
 from kernel_bench.picture import draw
 from kernel_bench.report import Report
 from kernel_bench.run import Bench
-from kernel_bench.timers import CpuTimer, CudaTimer
+from kernel_bench.timers import CpuTimer
 
 PASSES = ["forward", "assign", "dx", "dc"]
 DEFAULTS: dict[str, dict[str, Any]] = {

@@ -155,6 +155,22 @@ def test_aqlm_gets_the_same_matrix(bench, monkeypatch):
     assert part("variants").fault_of(variant) == ""
 
 
+def test_slow_and_quick_calls_are_both_repeated(bench, monkeypatch):
+    timers, counts = part("timers"), {"slow": 0, "quick": 0}
+    monkeypatch.setattr(timers, "_thread_seconds", lambda call: call())
+
+    def variant(name, seconds):
+        def call():
+            counts[name] += 1
+            return seconds + 1 / counts[name]
+
+        return part("variants").Variant(name, [call], None, 0)
+
+    slow, quick = timers.CpuTimer().measure([variant("slow", 0.1), variant("quick", -1.0)], 1)
+    assert counts == {"slow": 3, "quick": 20}
+    assert slow.us == [1e6 * (0.1 + 1 / 3)] and quick.us == [1e6 * (-1 + 1 / 20)]
+
+
 def row(m, variant, ratio, us=1.0, size=(4096, 4096), mode="graph", **more):
     keys = {"pass": "forward", "out": size[0], "in": size[1], "M": m, "dtype": "float16", "cache": "cold", "mode": mode}
     return keys | {"variant": variant, "ratio": ratio, "us": us} | more
@@ -227,9 +243,9 @@ def cuda(bench, monkeypatch):
     parts |= {"get_device_properties": lambda: types.SimpleNamespace(L2_cache_size=3 * 64 * 16)}
     for name, value in parts.items():
         monkeypatch.setattr(torch.cuda, name, value)
-    monkeypatch.setattr(part("timers"), "GRAPH_CALLS", 20)
-    monkeypatch.setattr(part("timers"), "GRAPH_LONGEST", 60.0)
-    return part("timers").CudaTimer()
+    monkeypatch.setattr(part("cuda_timer"), "GRAPH_CALLS", 20)
+    monkeypatch.setattr(part("cuda_timer"), "GRAPH_LONGEST", 60.0)
+    return part("cuda_timer").CudaTimer()
 
 
 def test_graphs_go_through_all_copies(cuda):

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from kernel_bench.cases import BLOCK, CODEWORDS, Case
-from kernel_bench.timers import smi
+from kernel_bench.cuda_timer import smi
 
 Row = dict[str, object]
 TOLD = ["pass", "out", "in", "M", "dtype", "variant", "detail", "cache", "mode", "us", "ratio", "GB_per_s", "peak_MiB"]

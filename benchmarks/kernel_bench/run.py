@@ -9,9 +9,10 @@ import torch
 
 from kernel_bench import peers
 from kernel_bench.cases import BASELINES, Case, Weights, assign, dc, dx, forward
+from kernel_bench.cuda_timer import CudaTimer
 from kernel_bench.layers import layers
 from kernel_bench.report import Report
-from kernel_bench.timers import CpuTimer, CudaTimer, Timed
+from kernel_bench.timers import CpuTimer, Timed
 from kernel_bench.variants import Variant, fault_of
 
 PEER_SECONDS = 120.0  # that one peer may take to compile, tune and pack, in all cases together
