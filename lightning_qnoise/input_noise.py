@@ -78,7 +78,7 @@ class InputNoise:
             noisy = torch.where(self._cut(self.mask, x), noisy, value)
         return x - value + noisy  # the difference is exactly zero; it carries the gradient
 
-    def _grid(self, value: Tensor, in_training: bool) -> tuple[Tensor, Tensor, bool]:
+    def _grid(self, value: Tensor, in_training: bool) -> tuple[Tensor, Tensor | int, bool]:
         """Scale, zero point, and whether they cover the whole input."""
         activation = self.activation
         if activation.mode == "dynamic":

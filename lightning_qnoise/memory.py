@@ -17,8 +17,8 @@ def set_memory(model: _Model, memory: Literal["lean", "fast"]) -> _Model:
     `"lean"`, the default, decodes a weight in every forward that cannot do without. `"fast"` decodes it in the first
     forward without gradients and keeps it: the model then takes the memory of the float one beside the packed one, and
     as long as the float one. Both keep the codes of PQ, one or two bytes a block, where they are not stored so. What
-    runs in integers keeps a byte an element in place of floats: with the scheme `Int` in both, with `PQ` (int8
-    codewords and activations) in `"fast"`.
+    runs in integers keeps a byte an element: with the scheme `Int` in both, in place of floats in `"lean"`, with `PQ`
+    (int8 codewords and activations) in `"fast"`.
 
     Args:
         model: A packed model.

@@ -19,7 +19,7 @@ def int_reference(
         scale = ((high - low) / top).astype(np.float32)
     scale = np.where(scale > 0, scale, np.float32(1))
     zero = np.full_like(scale, 2 ** (bits - 1)) if symmetric else np.rint(-low.astype(np.float32) / scale)
-    codes = np.clip(np.rint(groups / scale[..., None] + zero[..., None]), 0, top)  # rint: half to even
+    codes = np.clip(np.rint(groups / scale[..., None]) + zero[..., None], 0, top)  # rint: half to even
     decoded = ((codes - zero[..., None]) * scale[..., None]).reshape(weight.shape)
     return codes, scale, zero, decoded
 

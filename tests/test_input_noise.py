@@ -31,7 +31,7 @@ def grid(values, bits=4, symmetric=False, ends=None):
     top = 2**bits - 1
     scale = max(high, -low) / ((top - 1) / 2) if symmetric else (high - low) / top
     zero = 2 ** (bits - 1) if symmetric else np.rint(-low / scale)
-    codes = np.clip(np.rint(values.double().numpy() / scale + zero), 0, top)
+    codes = np.clip(np.rint(values.double().numpy() / scale) + zero, 0, top)
     return torch.from_numpy((codes - zero) * scale), ((0 - zero) * scale, (top - zero) * scale)
 
 

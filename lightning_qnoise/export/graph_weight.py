@@ -66,7 +66,7 @@ class GraphWeight(PackedWeight):
                 f"range='minmax' or mode='static'"
             )
 
-    def input_grid(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def input_grid(self, x: Tensor) -> tuple[Tensor, Tensor | int]:
         """Return scale and zero point of an input of the layer, float32, which broadcast to it."""
         if self.scheme.activation is not None and self.scheme.activation.mode == "static":
             return self.shelf.get("input_scale"), self.shelf.get("input_zero_point").float()

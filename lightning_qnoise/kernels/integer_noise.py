@@ -67,11 +67,11 @@ def integer_noise_kernel(
         low, high = ends_of(s, zero, LEVELS, value.dtype)
         x = tl.clamp(x, low, high, tl.PropagateNan.ALL)
         value = x.to(value.dtype)
-    code = tl.clamp(tl.div_rn(x, s + tl.zeros_like(x)) + zero, 0.0, LEVELS, tl.PropagateNan.ALL)
-    code = (code + 8388608.0) - 8388608.0  # 2**23: to the nearest whole number, halves to even
+    steps = tl.clamp(tl.div_rn(x, s + tl.zeros_like(x)), 0.0 - zero, LEVELS - zero, tl.PropagateNan.ALL)
+    steps = (steps + 12582912.0) - 12582912.0  # 1.5 * 2**23: to the nearest whole number, halves to even
     quad = first * BLOCK_Q + tl.arange(0, BLOCK_Q)[None, :]
     mask = draw_masks(seed, rate, row, quad, BLOCK_O, BLOCK_Q)
-    tl.store(out + place, tl.where(mask, ((code - zero) * s).to(value.dtype), value), mask=inside)
+    tl.store(out + place, tl.where(mask, (steps * s).to(value.dtype), value), mask=inside)
 
 
 @triton.jit

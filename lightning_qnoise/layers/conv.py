@@ -33,8 +33,7 @@ class PackedConv2d(PackedConv):
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return what the convolution returns; the packed weight convolves, if the layer is no special one."""
-        layer = cast(nn.Conv2d, self)
         is_own = type(self)._conv_forward is not nn.Conv2d._conv_forward
-        if is_own or layer.groups != 1 or layer.padding_mode != "zeros" or input.ndim != 4:
+        if is_own or self.groups != 1 or self.padding_mode != "zeros" or input.ndim != 4:
             return super().forward(input, *args, **kwargs)
-        return self.packed("weight").conv2d(input, layer)
+        return self.packed("weight").conv2d(input, cast(nn.Conv2d, self))

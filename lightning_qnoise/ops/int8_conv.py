@@ -1,118 +1,141 @@
-"""Convolutions in integers on a CPU: the windows of the input's codes as a matrix, a slice of it at a time."""
+"""Convolutions in integers on a CPU: `y = sx * sw * sum((qx - zx) * (qw - zw)) + bias` over every window."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lightning_qnoise.ops.int8 import int8_product, shifted_codes
-from lightning_qnoise.ops.int8_grid import Int8Grid
-from lightning_qnoise.ops.int8_weight import Int8Weight
-
-_SLICE = 2**19  # bytes of a slice of the windows, so that it stays in the cache
+from lightning_qnoise.ops import onednn
+from lightning_qnoise.ops.int8_codes import signed_input
+from lightning_qnoise.ops.int8_weight import signed_codes
 
 
-def int8_conv2d(
-    x: Tensor,
-    weight: Int8Weight,
-    bias: Tensor | None,
-    grid: Int8Grid,
-    kernel_size: Sequence[int],
+class Int8Kernel(NamedTuple):
+    """Kernels, ready for `int8_conv2d`.
+
+    Attributes:
+        matrix: The codes less `2**(bits - 1)`, packed. With zero points one more kernel follows, which sums windows.
+        scale: float32 `[out, 1, 1]`.
+        sums: float32 `[out, 1, 1]`, whole numbers: `code - zero_point` summed over a kernel.
+        zero_point: float32 `[out, 1, 1]`, whole numbers: zero points less `2**(bits - 1)`; None if all are zero.
+        sizes: Of the images that it is packed for, `(n, channels, height, width)`.
+        stride: Down and across.
+        padding: Zeros around the images, left, right, above and below, as `F.pad` counts them.
+        dilation: Down and across.
+    """
+
+    matrix: onednn.Packed
+    scale: Tensor
+    sums: Tensor
+    zero_point: Tensor | None
+    sizes: torch.Size
+    stride: Sequence[int]
+    padding: Sequence[int]
+    dilation: Sequence[int]
+
+
+def prepare_int8_conv2d(
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    bits: int,
+    sizes: torch.Size,
     stride: Sequence[int] = (1, 1),
     padding: Sequence[int] = (0, 0, 0, 0),
     dilation: Sequence[int] = (1, 1),
-) -> Tensor:
-    """Quantize `x`, convolve it with the weight in integers and return the result in the dtype of `x`.
+) -> Int8Kernel:
+    """Lay out quantized kernels, `(codes - zero_point) * scale`, for `int8_conv2d`.
 
     Args:
-        x: Float `[n, channels, height, width]`.
-        weight: From `prepare_int8`, of the codes `[out, kernel height * kernel width * channels]` of `int8_kernel`.
-        bias: Float `[out]` or None.
-        grid: From `prepare_grid`, for this weight; one scale, or one per sample.
-        kernel_size: Height and width.
+        codes: Integers `[out, channels, height, width]` in `[0, 2**bits)`, of any integer dtype.
+        scale: Float32, one per kernel or one in all.
+        zero_point: Integers, one per kernel or one in all; None stands for `2**(bits - 1)`, which is the fastest.
+        bits: Bits per code, at most 8.
+        sizes: Of the images, `(n, channels, height, width)`.
         stride: Down and across.
-        padding: Zeros added left, right, above and below, as `F.pad` counts them.
+        padding: Zeros around the images, left, right, above and below, as `F.pad` counts them.
         dilation: Down and across.
+
+    Raises:
+        ValueError: A kernel is too large for sums in 32 bits, has several scales, or does not fit the images.
+
+    Example:
+        >>> sizes = torch.Size([1, 1, 2, 2])
+        >>> kernel = prepare_int8_conv2d(torch.full((1, 1, 2, 2), 129), torch.ones(1), None, 8, sizes)
+        >>> kernel.sums.flatten()
+        tensor([4.])
+    """
+    padded = [sizes[2] + padding[2] + padding[3], sizes[3] + padding[0] + padding[1]]
+    reach = [d * (k - 1) + 1 for k, d in zip(codes.shape[2:], dilation, strict=True)]
+    if sizes[1] != codes.shape[1]:
+        raise ValueError(f"kernels of {codes.shape[1]} channels cannot read images {list(sizes)}")
+    if any(size < r for size, r in zip(padded, reach, strict=True)):
+        raise ValueError(f"the kernel reaches over {reach}, more than the padded input {padded}")
+    signed, scale, zero_point = signed_codes(codes, scale, zero_point, bits)
+    sums = signed.sum(dim=(1, 2, 3), dtype=torch.int32).float()
+    if zero_point is not None:
+        sums = sums - codes[0].numel() * zero_point
+        zero_point = zero_point[:, None, None]
+        signed = torch.cat([signed, torch.ones_like(signed[:1])])
+    matrix = onednn.pack_conv2d(signed, (sizes[0], sizes[1], *padded), stride, dilation)
+    return Int8Kernel(matrix, scale[:, None, None], sums[:, None, None], zero_point, sizes, stride, padding, dilation)
+
+
+def int8_conv2d(
+    x: Tensor, kernel: Int8Kernel, bias: Tensor | None, scale: Tensor, zero_point: Tensor | int, bits: int = 8
+) -> Tensor:
+    """Quantize `x`, convolve it in integers and return the result in the dtype of `x`.
+
+    Args:
+        x: Float `[n, channels, height, width]` of the sizes of the kernel, not empty; it counts as
+            `affine_steps(x, scale, zero_point, bits) * scale`.
+        kernel: From `prepare_int8_conv2d`.
+        bias: Float `[out]` or None.
+        scale: float32, `[]` for all of `x`, or one per sample, `[n, 1, 1, 1]`.
+        zero_point: Whole numbers in `[0, 2**bits)`: float32 of the shape of `scale`, or one number.
+        bits: Bits per code of `x`, at most 8.
 
     Returns:
         `[n, out, height, width]` as `F.conv2d`, without a gradient, in channels-last memory where `x` is.
 
     Raises:
-        ValueError: The input is smaller than the kernel, or has other channels.
+        ValueError: The kernel is packed for other sizes.
 
     Example:
-        >>> from lightning_qnoise.ops import prepare_grid, prepare_int8
-        >>> kernel = prepare_int8(int8_kernel(torch.full((1, 1, 2, 2), 129)), torch.tensor([1.0]), None)
-        >>> grid = prepare_grid(kernel, torch.tensor(1.0), torch.tensor(0.0))
-        >>> int8_conv2d(torch.arange(4.0).view(1, 1, 2, 2), kernel, None, grid, (2, 2))
+        >>> x = torch.arange(4.0).view(1, 1, 2, 2)
+        >>> kernel = prepare_int8_conv2d(torch.full((1, 1, 2, 2), 129), torch.tensor([1.0]), None, 8, x.shape)
+        >>> int8_conv2d(x, kernel, None, torch.tensor(1.0), 0)
         tensor([[[[6.]]]])
     """
-    windows = _windows(_padded_codes(x.detach(), grid, padding), kernel_size, stride, dilation)
-    if grid.scale.ndim:
-        factor, sums = (grid.scale * weight.scale)[:, None, None], (grid.offset * weight.sums)[:, None, None]
-        grid = grid._replace(factor=factor, shift=sums.mul_(factor).neg_())
-    n_in = windows.shape[3:].numel()
-    if n_in != len(weight.matrix):
-        raise ValueError(f"a kernel of {len(weight.matrix)} inputs cannot read windows of {n_in}, got {list(x.shape)}")
+    if x.shape != kernel.sizes:
+        raise ValueError(f"the kernel is packed for images {list(kernel.sizes)}, got {list(x.shape)}")
+    images = _padded(signed_input(x.detach(), scale, zero_point, bits)[0], zero_point, kernel.padding)
+    sums = onednn.conv2d(images, kernel.matrix, kernel.stride, kernel.dilation)
+    if kernel.zero_point is not None:
+        sums = torch.addcmul(sums[:, :-1], sums[:, -1:], kernel.zero_point, value=-1)
+    factor = scale * kernel.scale
     is_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    n, height, width = windows.shape[:3]
-    y = x.new_empty((n, height, width, len(weight.scale)) if is_last else (n, len(weight.scale), height, width))
-    bias = None if bias is None else bias.detach().float()
-    _convolve(windows, weight, bias, grid, y if is_last else y.permute(0, 2, 3, 1))
-    return y.permute(0, 3, 1, 2) if is_last else y
+    layout = torch.channels_last if is_last else torch.contiguous_format
+    y = torch.empty(sums.shape, dtype=x.dtype, memory_format=layout)
+    bias = None if bias is None else bias.detach().float()[:, None, None]
+    if isinstance(zero_point, int) and not zero_point:
+        return torch.mul(sums, factor, out=y) if bias is None else torch.addcmul(bias, sums, factor, out=y)
+    shift = kernel.sums * factor * -zero_point
+    return torch.addcmul(shift if bias is None else shift.add_(bias), sums, factor, out=y)
 
 
-def int8_kernel(codes: Tensor) -> Tensor:
-    """Return the codes of a kernel `[out, channels, height, width]` as `int8_conv2d` reads them, `[out, in]`.
-
-    Example:
-        >>> int8_kernel(torch.arange(8).view(1, 2, 2, 2))
-        tensor([[0, 4, 1, 5, 2, 6, 3, 7]])
-    """
-    return codes.permute(0, 2, 3, 1).flatten(1)
-
-
-def _convolve(windows: Tensor, weight: Int8Weight, bias: Tensor | None, grid: Int8Grid, y: Tensor) -> None:
-    """Write to `y` `[n, height, width, out]`; the windows become a matrix, some samples or rows of one at a time."""
-    n, height, width = windows.shape[:3]
-    if windows.numel() <= _SLICE or n == height == 1:
-        codes = windows.reshape(n * height * width, windows.shape[3:].numel())
-        int8_product(codes, weight, bias, grid, out=y)
-        return
-    dim, size = (0, n) if n > 1 else (1, height)
-    step = max(1, size * _SLICE // windows.numel())
-    for start, part, out in zip(range(0, size, step), windows.split(step, dim), y.split(step, dim), strict=True):
-        _convolve(part, weight, bias, grid if dim else grid.rows(slice(start, start + step)), out)
-
-
-def _padded_codes(x: Tensor, grid: Int8Grid, padding: Sequence[int]) -> Tensor:
-    """The int8 codes of the padded images, `[n, height, width, channels]`, contiguous."""
-    if grid.scale.ndim:
-        grid = grid._replace(scale=grid.scale[..., None, None], zero_point=grid.zero_point[..., None, None])
-    codes = shifted_codes(x, grid).permute(0, 2, 3, 1)
+def _padded(codes: Tensor, zero_point: Tensor | int, padding: Sequence[int]) -> Tensor:
+    """The codes, uint8, with the zero point around every image, channels last."""
+    bytes_ = codes.view(torch.uint8)
     if not any(padding):
-        return codes.to(torch.int8, memory_format=torch.contiguous_format)
+        return bytes_.bitwise_xor_(128).contiguous(memory_format=torch.channels_last)
     left, right, above, below = padding
-    n, height, width, channels = codes.shape
-    images = torch.empty(n, above + height + below, left + width + right, channels, dtype=torch.int8, device=x.device)
-    if grid.offset.ndim:
-        images.copy_(grid.offset.to(torch.int8)[..., None, None])
-    else:
-        images.fill_(int(grid.offset))
-    images[:, above : above + height, left : left + width].copy_(codes)
+    n, channels, height, width = codes.shape
+    sizes = n, channels, above + height + below, left + width + right
+    images = torch.empty(sizes, dtype=torch.uint8, memory_format=torch.channels_last)
+    images.copy_(zero_point) if isinstance(zero_point, Tensor) else images.fill_(zero_point)
+    torch.bitwise_xor(bytes_, 128, out=images[:, :, above : above + height, left : left + width])
     return images
-
-
-def _windows(images: Tensor, kernel_size: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> Tensor:
-    """A view `[n, height, width, kernel height, kernel width, channels]` of contiguous images."""
-    n, channels = images.shape[0], images.shape[3]
-    reach = [d * (k - 1) + 1 for k, d in zip(kernel_size, dilation, strict=True)]
-    sizes = [(size - r) // s + 1 for size, r, s in zip(images.shape[1:3], reach, stride, strict=True)]
-    if min(sizes) < 1:
-        padded = list(images.shape[1:3])
-        raise ValueError(f"the kernel reaches over {reach}, more than the padded input {padded}")
-    batch, down, across, channel = images.stride()
-    steps = (down * stride[0], across * stride[1], down * dilation[0], across * dilation[1])
-    return images.as_strided((n, *sizes, *kernel_size, channels), (batch, *steps, channel))

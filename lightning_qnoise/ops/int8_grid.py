@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from lightning_qnoise.ops.int8_weight import Int8Weight
@@ -13,21 +14,18 @@ class Int8Grid(NamedTuple):
     """The grid of what enters a layer, `x = (code - zero_point) * scale`, ready for one weight; from `prepare_grid`.
 
     Attributes:
-        scale: float32, `[]` for all of `x`, or one per row of it, `[..., 1]`.
-        zero_point: float32 whole numbers in `[0, 2**bits)`, of the shape of `scale`.
+        scale: float32, `[]` for all of `x`, or one per row of it, `[rows, 1]`.
+        zero_point: Whole numbers in `[0, 2**bits)`: float32 of the shape of `scale`, or one number.
         bits: Bits per code.
-        middle: `2**(bits - 1)`, float32 `[]`: a tensor, since a number would be made one in every call.
-        offset: `zero_point - middle`.
-        factor: Of one scale, float32 `[out]`: what a product of codes is multiplied by. Of many, None, unless the rows
-            stand for samples: `[n, 1, 1, out]`.
-        shift: Of the same shape: what is added then.
+        offset: `zero_point - 128` of many scales; None if all are zero, or of one scale.
+        factor: float32 `[out]`: what a product of codes is multiplied by. None of many scales.
+        shift: float32 `[out]`: what is added then. None of many scales.
     """
 
     scale: Tensor
-    zero_point: Tensor
+    zero_point: Tensor | int
     bits: int
-    middle: Tensor
-    offset: Tensor
+    offset: Tensor | None
     factor: Tensor | None
     shift: Tensor | None
 
@@ -35,17 +33,18 @@ class Int8Grid(NamedTuple):
         """Return the grid of some rows."""
         if not self.scale.ndim:
             return self
-        parts = (None if value is None else value[part] for value in (self.factor, self.shift))
-        return Int8Grid(self.scale[part], self.zero_point[part], self.bits, self.middle, self.offset[part], *parts)
+        if isinstance(self.zero_point, int) or self.offset is None:
+            return self._replace(scale=self.scale[part])
+        return self._replace(scale=self.scale[part], zero_point=self.zero_point[part], offset=self.offset[part])
 
 
-def prepare_grid(weight: Int8Weight, scale: Tensor, zero_point: Tensor, bits: int = 8) -> Int8Grid:
+def prepare_grid(weight: Int8Weight, scale: Tensor, zero_point: Tensor | int, bits: int = 8) -> Int8Grid:
     """Prepare the grid of what is multiplied by a weight: once for all inputs, if it is static.
 
     Args:
         weight: From `prepare_int8`.
         scale: float32, `[]` or `[..., 1]` per row of the input.
-        zero_point: float32 whole numbers in `[0, 2**bits)`, of the shape of `scale`.
+        zero_point: Whole numbers in `[0, 2**bits)`: float32 of the shape of `scale`, or one number.
         bits: Bits per code, at most 8.
 
     Raises:
@@ -55,16 +54,18 @@ def prepare_grid(weight: Int8Weight, scale: Tensor, zero_point: Tensor, bits: in
         >>> import torch
         >>> from lightning_qnoise.ops import prepare_int8
         >>> weight = prepare_int8(torch.tensor([[130, 126]]), torch.tensor([0.5]), None)
-        >>> prepare_grid(weight, torch.tensor(3.0), torch.tensor(128.0)).factor
+        >>> prepare_grid(weight, torch.tensor(3.0), 128).factor
         tensor([1.5000])
     """
-    if scale.shape != zero_point.shape:
-        raise ValueError(f"scale {list(scale.shape)} and zero point {list(zero_point.shape)} have different shapes")
+    if isinstance(zero_point, Tensor):
+        if scale.shape != zero_point.shape:
+            raise ValueError(f"scale {list(scale.shape)} and zero point {list(zero_point.shape)} have different shapes")
+        zero_point = zero_point.reshape(-1, 1) if scale.ndim else zero_point
     if scale.ndim:
-        scale, zero_point = scale.reshape(-1, 1), zero_point.reshape(-1, 1)
-    middle = scale.new_full((), 2 ** (bits - 1))
-    offset = zero_point - middle
-    if scale.ndim:
-        return Int8Grid(scale, zero_point, bits, middle, offset, None, None)
+        scale = scale.reshape(-1, 1)
+        offset = None
+        if isinstance(zero_point, Tensor) or zero_point != 128:
+            offset = torch.zeros_like(scale) + (zero_point - 128)
+        return Int8Grid(scale, zero_point, bits, offset, None, None)
     factor = scale * weight.scale
-    return Int8Grid(scale, zero_point, bits, middle, offset, factor, (weight.sums * offset).mul_(factor).neg_())
+    return Int8Grid(scale, zero_point, bits, None, factor, weight.sums * factor * (128 - zero_point))

@@ -2,36 +2,59 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from functools import lru_cache
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-_MAX_IN = 2**31 // 2**14 - 1  # the largest sum of products of two signed bytes that fits in an int32
+from lightning_qnoise.ops import onednn
+
+_MAX_IN = 2**31 // (255 * 128) - 1  # the largest sum of products of a byte and a signed one that fits in an int32
+_LEAST_ONEDNN = 2**19  # elements of a matrix
+Backend = Literal["onednn", "int_mm"]
+
+
+@lru_cache
+def int8_backend(device_type: str) -> Backend | None:
+    """Which exact integer kernels a kind of device has: oneDNN's, `torch._int_mm`, or none.
+
+    On a processor without VNNI instructions both saturate in 16 bits and return wrong sums.
+
+    Args:
+        device_type: `"cpu"`, `"cuda"`, ...
+    """
+    if device_type == "cpu" and onednn.is_exact():
+        return "onednn"
+    codes = torch.full((32, 64), 127, dtype=torch.int8, device=device_type)
+    try:
+        is_exact = bool((torch._int_mm(codes, codes.t().contiguous()) == 64 * 127**2).all())
+    except RuntimeError:  # not implemented
+        return None
+    return "int_mm" if is_exact else None
 
 
 class Int8Weight(NamedTuple):
-    """The matrix of a layer, ready for `int8_linear` or `int8_conv2d`.
+    """A matrix, ready for `int8_linear`.
 
     Attributes:
-        matrix: int8 `[in, out]`, contiguous: the codes less `2**(bits - 1)`.
+        matrix: The codes less `2**(bits - 1)`: int8 `[in, out]`, contiguous, or packed by oneDNN.
         scale: float32 `[out]`.
         sums: float32 `[out]`, whole numbers: `code - zero_point` summed over `in`.
         zero_point: float32 `[out]`, whole numbers: the zero points less `2**(bits - 1)`; None if all are zero.
+        shape: `out` and `in`.
     """
 
-    matrix: Tensor
+    matrix: onednn.Packed | Tensor
     scale: Tensor
     sums: Tensor
     zero_point: Tensor | None
-
-    def to(self, device: torch.device | str) -> Int8Weight:
-        """Return the weight on another device."""
-        zero_point = None if self.zero_point is None else self.zero_point.to(device)
-        return Int8Weight(self.matrix.to(device), self.scale.to(device), self.sums.to(device), zero_point)
+    shape: torch.Size
 
 
-def prepare_int8(codes: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int = 8) -> Int8Weight:
+def prepare_int8(
+    codes: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int = 8, backend: Backend | None = None
+) -> Int8Weight:
     """Lay out a quantized matrix, `(codes - zero_point) * scale`, for `int8_linear`.
 
     Args:
@@ -39,6 +62,8 @@ def prepare_int8(codes: Tensor, scale: Tensor, zero_point: Tensor | None, bits: 
         scale: Float32, one per row or one in all.
         zero_point: Integers, one per row or one in all; None stands for `2**(bits - 1)`, which is the fastest.
         bits: Bits per code, at most 8.
+        backend: The kernels, by default the fastest of the device: oneDNN's reorder no weight in a call but take longer
+            to start.
 
     Raises:
         ValueError: A row is too long for sums in 32 bits, or has several scales.
@@ -47,17 +72,32 @@ def prepare_int8(codes: Tensor, scale: Tensor, zero_point: Tensor | None, bits: 
         >>> prepare_int8(torch.tensor([[0, 128, 255]]), torch.ones(1, 1), None).matrix.tolist()
         [[-128], [0], [127]]
     """
-    n_out, n_in = codes.shape
+    signed, scale, zero_point = signed_codes(codes, scale, zero_point, bits)
+    sums = signed.sum(dim=1, dtype=torch.int32).float()
+    if zero_point is not None:
+        sums = sums - codes.shape[1] * zero_point
+    if backend is None:
+        backend = int8_backend(codes.device.type) if codes.numel() >= _LEAST_ONEDNN else "int_mm"
+    if backend == "onednn":
+        return Int8Weight(onednn.pack_linear(signed), scale, sums, zero_point, codes.shape)
+    matrix = signed.t().clone(memory_format=torch.contiguous_format)  # strides that `_int_mm` takes for one row, too
+    return Int8Weight(matrix, scale, sums, zero_point, codes.shape)
+
+
+def signed_codes(
+    codes: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return codes as int8, and scale and zero point of every row, float32 `[out]`; both less `2**(bits - 1)`.
+
+    The zero point is None where all are zero then. Raises the errors of `prepare_int8`.
+    """
+    n_out, n_in = len(codes), codes.shape[1:].numel()
     if n_in > _MAX_IN:
         raise ValueError(f"int8 sums of {n_in} products overflow 32 bits; at most {_MAX_IN} inputs are possible")
     if scale.numel() not in (1, n_out):
         raise ValueError(f"int8 execution needs one scale per row, got {scale.numel()} scales for {n_out} rows")
     middle = 2 ** (bits - 1)
-    matrix = (codes.short() - middle).to(torch.int8)
-    sums = matrix.sum(dim=1, dtype=torch.int32)
     if zero_point is not None:
-        zero_point = (zero_point.int() - middle).reshape(-1).expand(n_out)
-        sums = sums - n_in * zero_point
-        zero_point = zero_point.float() if zero_point.any() else None
-    matrix = matrix.t().clone(memory_format=torch.contiguous_format)  # strides that `_int_mm` takes for one row, too
-    return Int8Weight(matrix, scale.float().reshape(-1).expand(n_out), sums.float(), zero_point)
+        zero_point = (zero_point.float() - middle).reshape(-1).expand(n_out).contiguous()  # strides of 0 are slow
+        zero_point = zero_point if zero_point.any() else None
+    return (codes.short() - middle).to(torch.int8), scale.float().reshape(-1).expand(n_out).contiguous(), zero_point

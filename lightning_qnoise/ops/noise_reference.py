@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightning_qnoise.ops.affine import affine_steps
 from lightning_qnoise.ops.philox import philox_mask
 
 
@@ -92,8 +93,7 @@ def noise(
     if scale is not None:
         value = clamped(weight, scale, zero_point, bits) if clamp else weight
         grouped, step, zero = _grid(value, scale, zero_point, bits)
-        code = (grouped.float() / step + zero).round().clamp(0, 2**bits - 1)
-        noisy = ((code - zero) * step).to(weight.dtype).reshape(shape)
+        noisy = (affine_steps(grouped, step, zero, bits) * step).to(weight.dtype).reshape(shape)
     elif table is not None:
         noisy = table.to(weight.dtype)[0 if codes is None else codes.long()]
     mask = philox_mask(seed, rate, *shape[:2])[..., None]

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from lightning_qnoise.ops import Int8Grid, Int8Weight, has_int8, int8_conv2d, int8_linear, prepare_grid
+from lightning_qnoise.ops import (
+    Int8Kernel,
+    int8_backend,
+    int8_conv2d,
+    int8_linear,
+    prepare_grid,
+    prepare_int8,
+    prepare_int8_conv2d,
+)
 from lightning_qnoise.schemes.packed import PackedWeight
 
 # Where integers are faster, with VNNI (`benchmarks/int8_speed.py`).
-_LEAST = 2**14  # elements of a Linear
-_LEAST_PRODUCTS = 2**21  # of a convolution: multiplications in all,
-_LEAST_REUSE = 128  # and multiplications for each number that is read or written
+_LEAST = 2**14  # elements of a Linear that would be decoded,
+_LEAST_PRODUCTS_DENSE = 2**21  # multiplications of one whose floats are kept,
+_LEAST_PRODUCTS = 2**23  # multiplications of a convolution,
+_LEAST_REUSE = 128  # and of these for each number that is read or written
 
 
 class Int8Products(PackedWeight):
@@ -26,51 +37,62 @@ class Int8Products(PackedWeight):
         """Whether the weight has a form for integer products."""
         return False
 
-    def int8_matrix(self) -> Int8Weight:
-        """Return that form; called once, until `forget`."""
+    def integers(self) -> tuple[Tensor, Tensor, Tensor | None, int]:
+        """Return that form: codes of the weight's shape, scale, zero point and bits, see `prepare_int8`."""
         raise NotImplementedError
 
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Return `quantize_input(x) @ decode().T + bias`, `[..., out]`, in integers where that is possible."""
-        if self._runs_in_integers(x) and self.shape.numel() >= _LEAST:
-            return int8_linear(x, self._int8(), bias, self._int8_grid(x))
-        return self.linear_in_floats(x, bias)
+        if not self._runs_in_integers(x) or self._is_small(x):
+            return self.linear_in_floats(x, bias)
+        if "int8" not in self._made:
+            self._made["int8"] = prepare_int8(*self.integers())
+        grid = self._made.get("grid")
+        if grid is None:
+            grid = prepare_grid(self._made["int8"], *self._input(x))
+            if self.scheme.activation is not None and self.scheme.activation.mode == "static":
+                self._made["grid"] = grid
+        return int8_linear(x, self._made["int8"], bias, grid)
 
     def linear_in_floats(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Return the same where it is not possible."""
         return super().linear(x, bias)
 
-    def conv2d(self, x: Tensor, layer: nn.Conv2d) -> Tensor:
+    def route_of(self, x: Tensor, layer: nn.Conv2d) -> Any:
+        """Return the kernels for integers, of one size of images at a time, where these are possible and faster."""
+        if not (self._runs_in_integers(x) and self._pays(x, layer)):
+            return super().route_of(x, layer)
+        for key, kernel in list(self._made.items()):
+            if isinstance(kernel, Int8Kernel) and kernel.sizes != x.shape:
+                del self._made[key]
+        padding = layer._reversed_padding_repeated_twice
+        return prepare_int8_conv2d(*self.integers(), x.shape, layer.stride, padding, layer.dilation)
+
+    def convolve(self, x: Tensor, layer: nn.Conv2d, route: Any) -> Tensor:
         """Convolve, in integers where that is possible and faster."""
-        if not (x.is_cpu and self._runs_in_integers(x) and self._pays(x, layer)):
-            return super().conv2d(x, layer)
-        geometry = layer.kernel_size, layer.stride, layer._reversed_padding_repeated_twice, layer.dilation
-        return int8_conv2d(x, self._int8(), layer.bias, self._int8_grid(x), *geometry)
+        if not isinstance(route, Int8Kernel):
+            return super().convolve(x, layer, route)
+        return int8_conv2d(x, route, layer.bias, *self._input(x))
 
-    def _int8(self) -> Int8Weight:
-        if "int8" not in self._made:
-            self._made["int8"] = self.int8_matrix()
-        return self._made["int8"]
-
-    def _int8_grid(self, x: Tensor) -> Int8Grid:
-        """The grid of an input; a static one is made once."""
+    def _input(self, x: Tensor) -> tuple[Tensor, Tensor | int, int]:
         activation = self.scheme.activation
         assert activation is not None
-        if "grid" in self._made:
-            return self._made["grid"]
-        grid = prepare_grid(self._int8(), *self.input_grid(x), activation.bits)
-        if activation.mode == "static":
-            self._made["grid"] = grid
-        return grid
+        return *self.input_grid(x), activation.bits
+
+    def _is_small(self, x: Tensor) -> bool:
+        if self.memory == "fast":
+            return x.numel() * self.shape[0] < _LEAST_PRODUCTS_DENSE
+        return self.shape.numel() < _LEAST
 
     def _pays(self, x: Tensor, layer: nn.Conv2d) -> bool:
         stride = layer.stride[0] * layer.stride[1]
         products = x.numel() // (self.shape[1] * stride) * self.shape.numel()
         passes = self.shape[1] * stride + self.shape[0]
-        return products >= _LEAST_PRODUCTS and self.shape.numel() >= _LEAST_REUSE * passes
+        is_large = products >= _LEAST_PRODUCTS and self.shape.numel() >= _LEAST_REUSE * passes
+        return is_large and int8_backend(x.device.type) == "onednn"
 
     def _runs_in_integers(self, x: Tensor) -> bool:
         if self.scheme.activation is None or self.observer is not None or not x.numel():
             return False
         is_plain = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        return is_plain and self.is_int8 and has_int8(x.device.type)
+        return is_plain and self.is_int8 and int8_backend(x.device.type) is not None

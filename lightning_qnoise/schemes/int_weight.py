@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lightning_qnoise.ops import Int8Weight, int8_kernel, int_linear, prepare_int8
+from lightning_qnoise.ops import int_linear
 from lightning_qnoise.schemes.bits import pack_bits, unpack_bits
 from lightning_qnoise.schemes.int8_products import Int8Products
 from lightning_qnoise.schemes.ranges import affine_decode, affine_round, round_trip
@@ -77,11 +77,10 @@ class IntWeight(Int8Products):
         """With one scale a row."""
         return self.scale.shape[1] == 1
 
-    def int8_matrix(self) -> Int8Weight:
-        """Return the codes as integer products read them."""
+    def integers(self) -> tuple[Tensor, Tensor, Tensor | None, int]:
+        """Return the codes."""
         codes = unpack_bits(self.codes, self.scheme.bits, self.shape.numel()).view(self.shape)
-        matrix = int8_kernel(codes) if codes.ndim == 4 else codes
-        return prepare_int8(matrix, self.scale, self.zero_point, self.scheme.bits)
+        return codes, self.scale, self.zero_point, self.scheme.bits
 
     def project(self, weight: Tensor) -> Tensor:
         """Quantize on the own grid, or on that of the weight's min-max range of the moment."""

@@ -123,8 +123,8 @@ class PackedWeight(nn.Module):
         """Return the encoding of another value of the weight that decodes to its `project`."""
         raise NotImplementedError
 
-    def input_grid(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return scale and zero point of an input of the layer, float32, which broadcast to it.
+    def input_grid(self, x: Tensor) -> tuple[Tensor, Tensor | int]:
+        """Return scale and zero point of an input of the layer, float32 (or one number), which broadcast to it.
 
         Raises:
             RuntimeError: The activation is static and was never calibrated.
@@ -138,7 +138,7 @@ class PackedWeight(nn.Module):
         if "range" not in self._made:
             if self.input_scale.isnan():  # looked at once: on a GPU it waits for the device
                 raise RuntimeError("a static activation has no range yet: call calibrate(model, loader) first")
-            self._made["range"] = self.input_scale, self.input_zero_point.float()
+            self._made["range"] = self.input_scale, int(self.input_zero_point)
         return self._made["range"]
 
     def set_input_range(self, low: Tensor, high: Tensor) -> None:
@@ -159,16 +159,17 @@ class PackedWeight(nn.Module):
 
         The gradient passes straight through, but for what a static range cuts off.
         """
-        if self.scheme.activation is None or not x.numel():
+        activation = self.scheme.activation
+        if activation is None or not x.numel():
             return x
         if self.observer is not None:
             self.observer.update(x)
             return x
-        bits, grid = self.scheme.activation.bits, self.input_grid(x)
-        quantized = round_trip(x.detach(), *grid, bits)
+        bits, grid = activation.bits, self.input_grid(x)
+        quantized = round_trip(x, *grid, bits)
         if not (torch.is_grad_enabled() and x.requires_grad):
             return quantized
-        if self.scheme.activation.mode == "static":
+        if activation.mode == "static":
             x = x.clamp(*(affine_decode(code, *grid).to(x.dtype) for code in (0, 2**bits - 1)))
         return x - x.detach() + quantized  # the difference is exactly zero; it carries the gradient
 
@@ -178,16 +179,29 @@ class PackedWeight(nn.Module):
 
     def conv2d(self, x: Tensor, layer: nn.Conv2d) -> Tensor:
         """Return what `layer`, an ungrouped convolution with zero padding, makes of `quantize_input(x)`."""
-        layout = torch.channels_last if self._is_few(x, layer) else torch.contiguous_format
-        y = layer._conv_forward(self.quantize_input(x), self.read(layout), layer.bias)
-        return y.contiguous() if x.is_contiguous() else y
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return layer._conv_forward(self.quantize_input(x), self.read(), layer.bias)
+        geometry = x.shape, layer.stride, layer.padding, layer.dilation
+        route = self._made.get(geometry)  # every step shows in the time of a small layer
+        if route is None:
+            route = self._made[geometry] = self.route_of(x, layer)
+        return self.convolve(x, layer, route)
 
-    def _is_few(self, x: Tensor, layer: nn.Conv2d) -> bool:
-        """Whether a convolution of so few positions is faster with the channels of the weight last."""
-        if self.memory == "lean" or torch.is_grad_enabled() or torch.compiler.is_compiling() or not x.is_cpu:
-            return False
+    def route_of(self, x: Tensor, layer: nn.Conv2d) -> Any:
+        """Return how inputs of this shape are convolved without gradients: the layout of the weight.
+
+        With few positions a convolution is faster with the channels of the weight last.
+        """
         positions = len(x) * x.shape[2] * x.shape[3] // (layer.stride[0] * layer.stride[1])
-        return len(x) <= _FEW_IMAGES and positions <= _FEW_POSITIONS and self.shape[1] >= _MANY_CHANNELS
+        is_small = len(x) <= _FEW_IMAGES and positions <= _FEW_POSITIONS and self.shape[1] >= _MANY_CHANNELS
+        is_last = is_small and x.is_cpu and self.memory == "fast"
+        return torch.channels_last if is_last else torch.contiguous_format
+
+    def convolve(self, x: Tensor, layer: nn.Conv2d, route: Any) -> Tensor:
+        """Convolve on a route of `route_of`."""
+        geometry: Any = layer.stride, layer.padding, layer.dilation
+        y = nn.functional.conv2d(self.quantize_input(x), self.read(route), layer.bias, *geometry)
+        return y.contiguous() if route is torch.channels_last and x.is_contiguous() else y
 
     def embedding(self, ids: Tensor, padding_idx: int | None = None) -> Tensor:
         """Return the rows `ids`, `[*ids.shape, dim]`; the row `padding_idx` passes no gradient on."""

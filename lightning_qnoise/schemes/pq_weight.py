@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lightning_qnoise.ops import Int8Weight, int8_kernel, pq_decode, pq_embedding, pq_linear, prepare_int8
+from lightning_qnoise.ops import pq_decode, pq_embedding, pq_linear
 from lightning_qnoise.schemes.base import matrix_shape
 from lightning_qnoise.schemes.bits import pack_bits, unpack_bits
 from lightning_qnoise.schemes.int_weight import IntWeight
@@ -70,13 +70,11 @@ class PQWeight(CodebookWeight):
         """With integer codewords of one scale, and where a byte an element may be kept."""
         return isinstance(self.codebook, IntWeight) and self.codebook.scale.numel() == 1 and self.memory == "fast"
 
-    def int8_matrix(self) -> Int8Weight:
+    def integers(self) -> tuple[Tensor, Tensor, Tensor | None, int]:
         """Return the integers of the codewords in the place of the codes."""
         assert isinstance(self.codebook, IntWeight)
-        bits, grid = self.codebook.scheme.bits, (self.codebook.scale, self.codebook.zero_point)
-        codewords = unpack_bits(self.codebook.codes, bits, self.codebook.shape.numel()).view(self.codebook.shape)
-        codes = codewords[self.indices().long()].view(self.shape)
-        return prepare_int8(int8_kernel(codes) if codes.ndim == 4 else codes, *grid, bits)
+        codewords, scale, zero_point, bits = self.codebook.integers()
+        return codewords[self.indices().long()].view(self.shape), scale, zero_point, bits
 
     def embedding(self, ids: Tensor, padding_idx: int | None = None) -> Tensor:
         """Decode only the rows that are asked for, unless all are there."""

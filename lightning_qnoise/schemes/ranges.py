@@ -7,6 +7,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from lightning_qnoise.ops import affine_steps
 from lightning_qnoise.schemes.divergence import least_divergence
 
 Range = Literal["minmax", "ema", "mse", "lsq", "percentile", "histogram"]
@@ -77,25 +78,27 @@ def affine_grid(low: Tensor, high: Tensor, bits: int, symmetric: bool) -> tuple[
     return scale, (-low.float() / scale).round().clamp(0, levels)
 
 
-def affine_round(values: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
+def affine_round(values: Tensor, scale: Tensor, zero_point: Tensor | int, bits: int) -> Tensor:
     """Return the codes of `values`, float32 whole numbers; what lies outside the range takes the end value.
+
+    See `affine_steps`.
 
     Example:
         >>> affine_round(torch.tensor([-9.0, 0.0, 1.0, 9.0]), torch.tensor(0.5), torch.tensor(8.0), bits=4)
         tensor([ 0.,  8., 10., 15.])
     """
-    return (values / scale + zero_point).round().clamp(0, 2**bits - 1)
+    return affine_steps(values, scale, zero_point, bits).add_(zero_point)
 
 
-def affine_decode(codes: Tensor | float, scale: Tensor, zero_point: Tensor) -> Tensor:
+def affine_decode(codes: Tensor | float, scale: Tensor, zero_point: Tensor | int) -> Tensor:
     """Return the values of codes, `(code - zero_point) * scale`."""
     return (codes - zero_point) * scale
 
 
-def round_trip(values: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
+def round_trip(values: Tensor, scale: Tensor, zero_point: Tensor | int, bits: int) -> Tensor:
     """Return `values` on the grid, in their own dtype: their codes, decoded. Without a gradient."""
-    found = (values.detach().float() / scale).add_(zero_point).round_().clamp_(0, 2**bits - 1)
-    return found.sub_(zero_point).mul_(scale).to(values.dtype)  # in one piece of memory
+    found = affine_steps(values, scale, zero_point, bits).mul_(scale)
+    return found if values.dtype is torch.float32 else found.to(values.dtype)
 
 
 def _least_squares(

@@ -79,7 +79,7 @@ def test_training_through_the_noise_is_quantization_aware_training_by_hand():
         low, high = x.amin(dim, keepdim=True).clamp(max=0), x.amax(dim, keepdim=True).clamp(min=0)
         scale = (high - low) / (2**bits - 1)
         zero = (-low / scale).round()
-        return x + (((x / scale + zero).round().clamp(0, 2**bits - 1) - zero) * scale - x).detach()
+        return x + ((((x / scale).round() + zero).clamp(0, 2**bits - 1) - zero) * scale - x).detach()
 
     class ByHand(Net):
         def forward(self, x):

@@ -9,10 +9,10 @@ from torch import nn
 
 from lightning_qnoise import PQ, Int, quantize, set_memory
 from lightning_qnoise.calibrate import calibrate
-from lightning_qnoise.ops import has_int8
+from lightning_qnoise.ops import Int8Kernel, int8_backend
 from lightning_qnoise.schemes import int8_products
 
-integers = pytest.mark.skipif(not has_int8("cpu"), reason="this processor has no exact int8 kernels")
+integers = pytest.mark.skipif(int8_backend("cpu") != "onednn", reason="this processor has no exact int8 kernels")
 SCHEMES = {
     "dynamic": Int(8, activation=Int(8)),
     "static": Int(8, activation=Int(8, mode="static")),
@@ -33,6 +33,14 @@ def layer(scheme, *args, kind=nn.Conv2d, **kwargs):
     torch.manual_seed(0)
     model = nn.Sequential(kind(*args, **kwargs))
     return calibrate(quantize(model, scheme), [torch.randn(8, args[0], 12, 12)]).eval()
+
+
+def kernels(packed):
+    return [value for value in packed._made.values() if isinstance(value, Int8Kernel)]
+
+
+def runs_in_integers(packed):
+    return bool(kernels(packed))
 
 
 @pytest.fixture
@@ -60,7 +68,7 @@ def test_integers_are_equal_to_the_arithmetic_in_floats(name, options, memory):
     packed, x = model[0].packed("weight"), torch.randn(3, 5, 12, 12)
     with torch.no_grad():
         found = model(x)
-        assert ("int8" in packed._made) == (memory == "fast" or name != "int8 codewords")
+        assert runs_in_integers(packed) == (memory == "fast" or name != "int8 codewords")
         values, weight = packed.quantize_input(x).double(), packed.decode().double()
         bias = None if model[0].bias is None else model[0].bias.double()
         expected = model[0]._conv_forward(values, weight, bias)
@@ -85,7 +93,7 @@ def test_special_convolutions_decode(kind, options):
     packed, x = model[0].packed("weight"), torch.randn(3, 4, 12, 12)
     with torch.no_grad():
         torch.testing.assert_close(model(x), plain(packed.quantize_input(x)))
-    assert "int8" not in packed._made
+    assert not runs_in_integers(packed)
 
 
 @pytest.mark.usefixtures("_small_pays")
@@ -95,7 +103,7 @@ def test_gradients_and_single_images_decode():
     assert x.grad.abs().sum() > 0
     with torch.no_grad():
         assert model(x[0].detach()).shape == (6, 10, 10)
-    assert "int8" not in model[0].packed("weight")._made
+    assert not runs_in_integers(model[0].packed("weight"))
 
 
 @integers
@@ -104,7 +112,24 @@ def test_small_convolutions_decode_and_large_ones_do_not():
     for size, images, in_integers in [(12, 8, True), (3, 4, False)]:
         model = layer(Int(8, activation=Int(8)), 64, 64, 3, padding=1)
         model(torch.randn(images, 64, size, size))
-        assert ("int8" in model[0].packed("weight")._made) == in_integers
+        assert runs_in_integers(model[0].packed("weight")) == in_integers
+
+
+@integers
+@pytest.mark.usefixtures("_small_pays")
+@torch.no_grad()
+def test_other_sizes_and_a_tied_weight_find_their_kernels():
+    model = layer(SCHEMES["static"], 64, 64, 3, padding=1)
+    packed, strided = model[0].packed("weight"), copy.deepcopy(model)
+    strided[0].stride = (2, 2)
+    strided[0]._modules["weight"] = packed
+    for sizes in [(8, 64, 12, 12), (4, 64, 30, 20), (8, 64, 12, 12)]:
+        x = torch.randn(sizes)
+        values, weight = packed.quantize_input(x), packed.decode()
+        for tied in (model, strided):
+            expected = F.conv2d(values, weight, tied[0].bias, tied[0].stride, tied[0].padding)
+            torch.testing.assert_close(tied(x), expected, rtol=1e-4, atol=1e-5)
+        assert len(kernels(packed)) == 2 and {kernel.sizes for kernel in kernels(packed)} == {x.shape}
 
 
 @integers

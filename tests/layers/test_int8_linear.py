@@ -10,9 +10,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_qnoise import PQ, Int, load, quantize, save, set_memory, train_codebooks
 from lightning_qnoise.calibrate import calibrate
-from lightning_qnoise.ops import has_int8
+from lightning_qnoise.ops import int8_backend
+from lightning_qnoise.schemes import int8_products
 
-pytestmark = pytest.mark.skipif(not has_int8("cpu"), reason="this processor has no exact int8 kernels")
+pytestmark = pytest.mark.skipif(int8_backend("cpu") != "onednn", reason="this processor has no exact int8 kernels")
 SCHEMES = {
     "dynamic": Int(8, activation=Int(8)),
     "static": Int(8, activation=Int(8, mode="static")),
@@ -84,7 +85,8 @@ def test_gradients_groups_and_small_layers_stay_float():
 
 @torch.no_grad()
 @pytest.mark.parametrize("mode", ["dynamic", "static"])
-def test_int8_codewords_run_in_integers_where_memory_is_fast(mode):
+def test_int8_codewords_run_in_integers_where_memory_is_fast(mode, monkeypatch):
+    monkeypatch.setattr(int8_products, "_LEAST_PRODUCTS_DENSE", 0)
     scheme = PQ(block_size=5, n_centroids=16, codebook=Int(8, "tensor"), activation=Int(8, mode=mode))
     model, x = layer(scheme), torch.randn(3, 130)
     packed, expected = model[0].packed("weight"), model(x)
@@ -98,6 +100,17 @@ def test_int8_codewords_run_in_integers_where_memory_is_fast(mode):
     assert "int8" not in packed._made
     torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
     assert not packed.is_int8
+
+
+@torch.no_grad()
+def test_where_floats_are_kept_few_products_stay_float():
+    model = set_memory(layer(SCHEMES["static"], 256, 256), "fast")
+    packed, x = model[0].packed("weight"), torch.randn(40, 256)
+    expected = nn.functional.linear(packed.quantize_input(x), packed.decode(), model[0].bias)
+    torch.testing.assert_close(model(x[:31]), expected[:31], rtol=1e-5, atol=1e-5)
+    assert "int8" not in packed._made
+    torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
+    assert "int8" in packed._made
 
 
 @torch.no_grad()

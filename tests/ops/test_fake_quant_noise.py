@@ -23,7 +23,7 @@ def on_grid(weight, scale, zero_point, bits):
     flat = weight.detach().float().contiguous().numpy().reshape(scale.numel(), -1)
     s = scale.contiguous().numpy().reshape(-1, 1)
     z = np.float32(2 ** (bits - 1)) if zero_point is None else zero_point.float().contiguous().numpy().reshape(-1, 1)
-    codes = np.clip(np.rint(flat / s + z), 0, 2**bits - 1)
+    codes = np.clip(np.rint(flat / s) + z, 0, 2**bits - 1)
     assert codes.dtype == np.float32
     return torch.from_numpy((codes - z) * s).view(weight.shape).to(weight.dtype)
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lightning_qnoise.ops import has_int8, int8_conv, int8_conv2d, int8_kernel, prepare_grid, prepare_int8
+from lightning_qnoise.ops import int8_backend, int8_codes, int8_conv2d, prepare_int8_conv2d
 
-pytestmark = pytest.mark.skipif(not has_int8("cpu"), reason="this processor saturates int8 products")
+pytestmark = pytest.mark.skipif(int8_backend("cpu") != "onednn", reason="this processor has no exact int8 kernels")
 each_symmetric = pytest.mark.parametrize("symmetric", [False, True])
 each_grid = pytest.mark.parametrize("per", ["tensor", "sample"])
 
@@ -22,18 +22,17 @@ def make_grid(x, per, bits=8):
     dims = (0, 1, 2, 3) if per == "tensor" else (1, 2, 3)
     low, high = x.float().amin(dims, per == "sample").clamp(max=0), x.float().amax(dims, per == "sample").clamp(min=0)
     scale = (high - low) / (2**bits - 1)
-    return scale, (-low / scale).round()
+    zero_point = (-low / scale).round()
+    return scale, zero_point if scale.ndim else int(zero_point)
 
 
 def check(
     x, kernel, bias, grid, stride=(1, 1), padding=(0, 0, 0, 0), dilation=(1, 1), x_bits=8, bits=8, tolerance=2e-7
 ):
     codes, scale, zero_point = kernel
-    weight = prepare_int8(int8_kernel(codes), scale, zero_point, bits)
-    actual = int8_conv2d(
-        x, weight, bias, prepare_grid(weight, *grid, x_bits), codes.shape[2:], stride, padding, dilation
-    )
-    x_codes = (x.float() / grid[0] + grid[1]).round().clamp(0, 2**x_bits - 1)
+    prepared = prepare_int8_conv2d(codes, scale, zero_point, bits, x.shape, stride, padding, dilation)
+    actual = int8_conv2d(x, prepared, bias, *grid, x_bits)
+    x_codes = ((x.float() / grid[0]).round() + grid[1]).clamp(0, 2**x_bits - 1)
     values = F.pad((x_codes.double() - grid[1]) * grid[0].double(), padding)
     zero = 2 ** (bits - 1) if zero_point is None else zero_point.double()[:, :, None, None]
     dense = (codes.double() - zero) * scale.double()[:, :, None, None]
@@ -67,17 +66,35 @@ def test_it_is_the_convolution_of_the_quantized_values(shape, kernel, geometry, 
 
 @each_symmetric
 @each_grid
-@pytest.mark.parametrize("bytes_", [1, 700, 5000])
-def test_slices_are_the_whole(bytes_, per, symmetric, monkeypatch):
-    monkeypatch.setattr(int8_conv, "_SLICE", bytes_)  # a row, some rows, some samples at a time
-    x = torch.randn(7, 5, 9, 8)
-    check(x, make_kernel((6, 5, 3, 3), symmetric), torch.randn(6), make_grid(x, per), padding=(1, 1, 1, 1))
+@pytest.mark.parametrize("block", [1, 700, 5000])
+def test_slices_are_the_whole(block, per, symmetric, monkeypatch):
+    monkeypatch.setattr(int8_codes, "_BLOCK", block)  # a sample, some samples, all at a time
+    for layout in (torch.contiguous_format, torch.channels_last):
+        x = torch.randn(7, 5, 9, 8).contiguous(memory_format=layout)
+        check(x, make_kernel((6, 5, 3, 3), symmetric), torch.randn(6), make_grid(x, per), padding=(1, 1, 1, 1))
+
+
+@each_symmetric
+@each_grid
+@pytest.mark.parametrize("n_out", [16, 48, 96, 130])
+def test_more_outputs_than_a_register_holds(n_out, per, symmetric):
+    for sizes in [(1, 20, 4, 4), (9, 20, 12, 12)]:
+        x = torch.randn(sizes)
+        check(x, make_kernel((n_out, 20, 3, 3), symmetric), torch.randn(n_out), make_grid(x, per), padding=(1, 1, 1, 1))
+
+
+@pytest.mark.parametrize("zero_point", [0, 1, 128, 255])
+@each_symmetric
+def test_the_border_counts_as_zero(zero_point, symmetric):
+    x, grid = torch.rand(2, 3, 5, 5) - 0.5, (torch.tensor(0.01), zero_point)
+    check(x, make_kernel((4, 3, 3, 3), symmetric), torch.randn(4), grid, padding=(2, 2, 2, 2))
+    check(x, make_kernel((4, 3, 3, 3), symmetric), None, (grid[0].expand(2, 1, 1, 1), zero_point), padding=(2, 2, 2, 2))
 
 
 def test_whole_numbers_come_out_exactly():
     x, kernel = torch.randint(256, (3, 9, 6, 6)).float(), make_kernel((8, 9, 3, 3))
     kernel = kernel[0], torch.ones(8, 1), kernel[2]
-    for grid in [(torch.tensor(1.0), torch.tensor(0.0)), (torch.ones(3, 1, 1, 1), torch.zeros(3, 1, 1, 1))]:
+    for grid in [(torch.tensor(1.0), 0), (torch.ones(3, 1, 1, 1), torch.zeros(3, 1, 1, 1))]:
         check(x, kernel, None, grid, padding=(1, 1, 1, 1), tolerance=0)
 
 
@@ -111,18 +128,19 @@ def test_layouts_of_memory(per):
         assert y.is_contiguous(memory_format=torch.channels_last if is_last else torch.contiguous_format)
 
 
-def test_nothing_and_a_gradient():
-    kernel = make_kernel((5, 4, 3, 3))
-    grid = torch.tensor(0.1), torch.tensor(3.0)
-    assert check(torch.randn(0, 4, 6, 6), kernel, None, grid).shape == (0, 5, 4, 4)
-    assert not check(torch.randn(1, 4, 6, 6, requires_grad=True), kernel, None, grid).requires_grad
+def test_no_gradient():
+    x = torch.randn(1, 4, 6, 6, requires_grad=True)
+    assert not check(x, make_kernel((5, 4, 3, 3)), None, (torch.tensor(0.1), 3)).requires_grad
 
 
 def test_what_does_not_fit_is_refused():
-    kernel, grid = make_kernel((5, 4, 3, 3)), (torch.tensor(0.1), torch.tensor(3.0))
+    kernel, grid = make_kernel((5, 4, 3, 3)), (torch.tensor(0.1), 3)
     with pytest.raises(ValueError, match=r"the kernel reaches over \[3, 3\], more than the padded input \[2, 6\]"):
-        check(torch.randn(1, 4, 2, 6), kernel, None, grid)
-    with pytest.raises(ValueError, match="a kernel of 36 inputs cannot read windows of 27"):
-        check(torch.randn(1, 3, 6, 6), kernel, None, grid)
-    with pytest.raises(ValueError, match="different shapes"):
-        prepare_grid(prepare_int8(int8_kernel(kernel[0]), *kernel[1:]), grid[0], torch.ones(2))
+        prepare_int8_conv2d(*kernel, 8, torch.Size([1, 4, 2, 6]))
+    with pytest.raises(ValueError, match=r"kernels of 4 channels cannot read images \[1, 3, 6, 6\]"):
+        prepare_int8_conv2d(*kernel, 8, torch.Size([1, 3, 6, 6]))
+    with pytest.raises(ValueError, match="one scale per row, got 20 scales for 5 rows"):
+        prepare_int8_conv2d(kernel[0], torch.ones(5, 4), None, 8, torch.Size([1, 4, 6, 6]))
+    prepared = prepare_int8_conv2d(*kernel, 8, torch.Size([1, 4, 6, 6]))
+    with pytest.raises(ValueError, match=r"packed for images \[1, 4, 6, 6\], got \[2, 4, 6, 6\]"):
+        int8_conv2d(torch.randn(2, 4, 6, 6), prepared, None, *grid)

@@ -26,7 +26,7 @@ def on_grid(values, low, high, bits, symmetric):
     scale = np.float32(2 * max(high, -low) / (top - 1)) if symmetric else np.float32((high - low) / top)
     scale = scale if scale > 0 else np.float32(1)
     zero = np.float32(2 ** (bits - 1)) if symmetric else np.rint(np.float32(-low) / scale)
-    return (np.clip(np.rint(values / scale + zero), 0, top) - zero) * scale
+    return (np.clip(np.rint(values / scale) + zero, 0, top) - zero) * scale
 
 
 def minmax(values):

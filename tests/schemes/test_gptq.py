@@ -29,7 +29,7 @@ def slow_gptq(weight, scale, zero, bits, moment):
     free, codes = weight.copy(), np.empty_like(weight)
     for j in range(weight.shape[1]):
         inverse = np.linalg.inv(damped[j:, j:])  # of what is left: j is its first
-        codes[:, j] = np.clip(np.rint(free[:, j] / scale[:, j] + zero[:, j]), 0, 2**bits - 1)
+        codes[:, j] = np.clip(np.rint(free[:, j] / scale[:, j]) + zero[:, j], 0, 2**bits - 1)
         error = (free[:, j] - (codes[:, j] - zero[:, j]) * scale[:, j]) / inverse[0, 0]
         free[:, j:] -= np.outer(error, inverse[0])
     return codes

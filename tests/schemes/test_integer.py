@@ -46,9 +46,10 @@ def test_codes_and_values_equal_numpy(bits, granularity, symmetric, make):
     np.testing.assert_array_equal(packed.project(weight), decoded)  # what noise puts in
 
 
-def test_rounding_is_half_to_even():
-    codes = affine_round(torch.tensor([0.5, 1.5, 2.5, -0.5]), torch.tensor(1.0), torch.tensor(2.0), bits=4)
-    assert codes.tolist() == [2.0, 4.0, 4.0, 2.0]
+@pytest.mark.parametrize("zero", [2, 3, torch.tensor(2.0), torch.tensor(3.0)])
+def test_rounding_is_half_to_even_before_the_zero_point_as_in_onnx(zero):
+    codes = affine_round(torch.tensor([0.5, 1.5, 2.5, -0.5, -1.5]), torch.tensor(1.0), zero, bits=4)
+    assert codes.tolist() == [value + float(zero) for value in (0, 2, 2, 0, -2)]
 
 
 def test_values_outside_the_range_take_the_end_value():

@@ -260,7 +260,7 @@ def test_tied_layers_share_one_codebook(tmp_path):
     assert torch.equal(model.embed(ids), x)  # a table quantizes no input
     scale, low = (x.amax(-1).clamp(min=0) - x.amin(-1).clamp(max=0)) / 255, x.amin(-1).clamp(max=0)
     zero = (-low / scale).round()[..., None]
-    rounded = ((x / scale[..., None] + zero).round().clamp(0, 255) - zero) * scale[..., None]
+    rounded = (((x / scale[..., None]).round() + zero).clamp(0, 255) - zero) * scale[..., None]
     torch.testing.assert_close(model(ids), rounded @ dense.T, rtol=1e-4, atol=1e-5)
 
 

@@ -37,7 +37,7 @@ def squared_error(values, low, high, bits, symmetric, counts=1.0):
     scale = max(high, -low) / ((top - 1) / 2) if symmetric else (high - low) / top
     scale = scale or 1.0
     zero = 2 ** (bits - 1) if symmetric else np.rint(-low / scale)
-    codes = np.clip(np.rint(values / scale + zero), 0, top)
+    codes = np.clip(np.rint(values / scale) + zero, 0, top)
     return float((np.square((codes - zero) * scale - values) * counts).sum())
 
 
@@ -204,7 +204,7 @@ def test_names_are_checked():
 def test_round_trip_keeps_the_dtype_and_rounds_in_float32(dtype):
     values = torch.randn(3, 40).to(dtype)
     scale, zero = (part[:, None] for part in affine_grid(*find_range(values.float(), 6, False), 6, False))
-    codes = np.clip(np.rint(values.float().numpy() / scale.numpy() + zero.numpy()), 0, 63)
+    codes = np.clip(np.rint(values.float().numpy() / scale.numpy()) + zero.numpy(), 0, 63)
     expected = torch.from_numpy((codes - zero.numpy()) * scale.numpy()).to(dtype)
     got = round_trip(values, scale, zero, 6)
     assert got.dtype == dtype and torch.equal(got, expected)
@@ -233,7 +233,7 @@ def test_a_fitted_grid_stays_while_the_weight_moves_and_what_leaves_it_has_no_gr
     noise.draw(weight, 1.0, generator)
     assert noise.target is fitted
     groups = weight.detach().reshape(*fitted.scale.shape, -1).double()
-    expected = ((groups / scale + zero).round().clamp(0, 7) - zero) * scale
+    expected = (((groups / scale).round() + zero).clamp(0, 7) - zero) * scale
     noisy = noise.apply(weight)
     torch.testing.assert_close(noisy, expected.view_as(weight).float())
     outer = torch.randn(6, 20)

@@ -1,0 +1,52 @@
+"""What enters a product of integers: a byte for each number."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_BLOCK = 2**18  # elements of a temporary, 1 MiB: it stays in the cache, and malloc keeps its pages
+_OFFSETS = torch.arange(-128.0, 128.0).unbind()  # tensors, as a number would be made one in every call
+
+
+def signed_input(
+    x: Tensor, scale: Tensor, zero_point: Tensor | int, bits: int = 8, with_sums: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Return the codes of an input less 128, and on demand sums.
+
+    Args:
+        x: Float, of one or more dimensions, not empty.
+        scale: float32, `[]` for all of `x`, or one per entry of its first dimension, `[n, 1, ...]`.
+        zero_point: Whole numbers in `[0, 2**bits)`: float32 of the shape of `scale`, or one number.
+        bits: Bits per code, at most 8.
+        with_sums: Whether to sum.
+
+    Returns:
+        int8 in the layout of `x`, and their sums over the last dimension, float32 `[..., 1]`, or None.
+
+    Example:
+        >>> codes, sums = signed_input(torch.tensor([[-1.0, 0.4, 9.0]]), torch.tensor(1.0), 3, bits=3, with_sums=True)
+        >>> codes + 128, sums
+        (tensor([[2, 3, 7]], dtype=torch.int8), tensor([[-372.]]))
+    """
+    size = max(1, _BLOCK * torch.get_num_threads() * len(x) // x.numel())
+    if x.is_cuda or len(x) <= size:
+        return _signed_input(x, scale, zero_point, bits, with_sums)
+    found = []
+    for start in range(0, len(x), size):
+        part = slice(start, start + size)
+        own_scale = scale[part] if scale.ndim else scale
+        own_zero = zero_point[part] if isinstance(zero_point, Tensor) and zero_point.ndim else zero_point
+        found.append(_signed_input(x[part], own_scale, own_zero, bits, with_sums))
+    sums = [part for _, part in found if part is not None]
+    return torch.cat([codes for codes, _ in found]), torch.cat(sums) if with_sums else None
+
+
+def _signed_input(
+    x: Tensor, scale: Tensor, zero_point: Tensor | int, bits: int, with_sums: bool
+) -> tuple[Tensor, Tensor | None]:
+    codes, offset = (x.float() / scale).round_(), zero_point - 128
+    if isinstance(offset, int):
+        offset = _OFFSETS[zero_point]
+    codes.add_(offset).clamp_(-128, 2**bits - 129)  # as `affine_steps` rounds
+    return codes.to(torch.int8), codes.sum(dim=-1, keepdim=True) if with_sums else None

@@ -1,0 +1,74 @@
+"""oneDNN's products of bytes, as torch's compiler uses them on CPUs: the exact sums, rounded to float32."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+# Of the output: scale, zero point, dtype, and what follows.
+_OPTIONS: tuple[Any, ...] = 1.0, 0, torch.float32, "none", [], ""
+
+
+class Packed(NamedTuple):
+    """A weight in oneDNN's own layout, one byte an element.
+
+    Attributes:
+        weight: int8, opaque.
+        scale: float32 `[out]`, all one.
+        zero_point: int32 `[out]`, all zero; oneDNN does not read it.
+    """
+
+    weight: Tensor
+    scale: Tensor
+    zero_point: Tensor
+
+
+def pack_linear(codes: Tensor) -> Packed:
+    """Lay out an int8 matrix `[out, in]`."""
+    return Packed(torch.ops.onednn.qlinear_prepack(codes, None), *_neutral(codes))
+
+
+def linear(x: Tensor, matrix: Packed, factor: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+    """Return `x @ W.T * factor + bias`, float32 `[rows, out]`, for `x` int8 `[rows, in]`, which is overwritten."""
+    bytes_ = x.view(torch.uint8).bitwise_xor_(128)
+    weight = matrix if factor is None else matrix._replace(scale=factor)
+    return torch.ops.onednn.qlinear_pointwise.default(bytes_, 1.0, 128, *weight, bias, *_OPTIONS)
+
+
+def pack_conv2d(codes: Tensor, sizes: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> Packed:
+    """Lay out int8 kernels `[out, channels, height, width]` for images of these sizes, which must match."""
+    scale, zero_point = _neutral(codes)
+    geometry = list(stride), [0, 0], list(dilation), 1
+    return Packed(torch.ops.onednn.qconv_prepack(codes, scale, 1.0, 0, *geometry, list(sizes)), scale, zero_point)
+
+
+def conv2d(images: Tensor, kernels: Packed, stride: Sequence[int], dilation: Sequence[int]) -> Tensor:
+    """Convolve images, uint8 `[n, channels, height, width]`, channels last; float32, channels last."""
+    geometry = list(stride), [0, 0], list(dilation), 1
+    return _qconv()(images, 1.0, 0, *kernels, None, *geometry, *_OPTIONS)
+
+
+def is_exact() -> bool:
+    """Whether these kernels are there, and do not saturate in 16 bits, as without VNNI instructions."""
+    codes, images = torch.full((32, 64), 127, dtype=torch.int8), torch.full((32, 64, 1, 1), 255, dtype=torch.uint8)
+    try:
+        product = linear(codes.clone(), pack_linear(codes))
+        kernels = pack_conv2d(codes[:, :, None, None], images.shape, (1, 1), (1, 1))
+        convolved = conv2d(images.contiguous(memory_format=torch.channels_last), kernels, (1, 1), (1, 1))
+    except (AttributeError, RuntimeError):  # torch without oneDNN
+        return False
+    return bool((product == 64 * 127**2).all() and (convolved == 64 * 127 * 255).all())
+
+
+def _neutral(codes: Tensor) -> tuple[Tensor, Tensor]:
+    """A scale and a zero point that change nothing."""
+    return torch.ones(len(codes)), torch.zeros(len(codes), dtype=torch.int32)
+
+
+def _qconv() -> Any:
+    """The operator under its name since torch 2.7, or the one before."""
+    operators = torch.ops.onednn
+    return (operators.qconv_pointwise if hasattr(operators, "qconv_pointwise") else operators.qconv2d_pointwise).default
