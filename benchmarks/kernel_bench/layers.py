@@ -27,7 +27,7 @@ def layers(weights: Weights, x: Tensor) -> list[Variant]:
         found.append(
             Variant(
                 f"packed Linear, {memory}",
-                [lambda model=model: model(x)],
+                [lambda layer=model[0]: layer(x)],
                 expected,
                 read + n_bytes(x) + size,
                 memory=Memory(held, file_bytes, model[0].packed("weight").forget),

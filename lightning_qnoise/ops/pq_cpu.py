@@ -1,27 +1,30 @@
 """Product-quantized weights on a CPU: products with a matrix that is never decoded as a whole.
 
-There are three routes. On one AVX-512 core of an AMD EPYC, with K=256, d=8 (`benchmarks/kernels.py`):
+There are three routes (`benchmarks/kernels.py`):
 
 - gather, for one or two rows of `x`: a table of the product of every block of the row with every codeword, and a sum
   of its entries for every output;
-- lookup, for more: the same table for up to 64 rows at once, read by `embedding_bag` in runs of 16 numbers. An output
-  costs an addition per block instead of `d` multiplications;
+- lookup, for more: the same table for up to 64 rows at once, read by `embedding_bag` in runs of 4 to 64 numbers. An
+  output costs an addition per block instead of `d` multiplications;
 - decode, where the table would cost more than it saves: a slice of the weight at a time, in the same buffer.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-GATHER_ROWS = 2  # the most rows of x for which gather wins
-GATHER_OUT = 1  # the fewest outputs per codeword for which it does
-LOOKUP_OUT = 24  # the fewest weights per codeword and input for which lookup wins: out * d / K
+# Measured on one AVX-512 core of an AMD EPYC. "Gain" is the multiplications that a table saves for each that it costs.
+GATHER_OUT = 0.25  # the fewest outputs per codeword for which gather wins with one or two rows of x,
+GATHER_GAIN = 64  # and the gain from which lookup does with two
+LOOKUP_GAIN = {8: 12, 16: 24, 32: 32, math.inf: 64}  # most rows -> the least gain for which lookup wins over decode
 _BUFFER = 2**18  # elements of a temporary, 1 MiB: it stays in the cache, and malloc keeps its pages
-_SLAB, _RUN = 64, 16  # rows of x per table; a multiple of what one instruction adds
+_SLAB = 64  # rows of x per table
+_RUNS = 4, 8, 16, 32, 48, 64  # numbers that lie side by side in a table; runs of other lengths are added more slowly
 
 
 def choose_route(rows: int, n_out: int, n_codewords: int, block_size: int) -> str:
@@ -37,9 +40,11 @@ def choose_route(rows: int, n_out: int, n_codewords: int, block_size: int) -> st
         >>> [choose_route(rows, 4096, 256, 8) for rows in (1, 16)], choose_route(16, 64, 256, 8)
         (['gather', 'lookup'], 'decode')
     """
-    if rows <= GATHER_ROWS and n_out >= GATHER_OUT * n_codewords:
+    gain = n_out * block_size / n_codewords
+    if rows <= 2 and n_out >= GATHER_OUT * n_codewords and (rows == 1 or gain < GATHER_GAIN):
         return "gather"
-    return "lookup" if n_out * block_size >= LOOKUP_OUT * n_codewords else "decode"
+    least = next(least for most, least in LOOKUP_GAIN.items() if rows <= most)
+    return "lookup" if gain >= least else "decode"
 
 
 def linear(x: Tensor, codes: Tensor, codebook: Tensor, route: str | None = None) -> Tensor:
@@ -126,14 +131,14 @@ def _lookup(x: Tensor, codes: Tensor, codebook: Tensor, y: Tensor) -> None:
     codebook = codebook.to(x.dtype)
     for start in range(0, len(x), _SLAB):
         rows = x[start : start + _SLAB]
-        n, wide = len(rows), -(-len(rows) // _RUN) * _RUN
-        blocks = F.pad(rows, (0, 0, 0, wide - n)).view(wide, groups, block_size).permute(1, 2, 0)
-        table_size = _BUFFER if wide > _RUN else _BUFFER // 2  # leaves cache to the rest, which is then as large
-        size = max(1, min(groups, table_size // (n_codewords * wide)))
-        first = torch.arange(size, dtype=torch.int32) * n_codewords
+        n, wide = len(rows), next(run for run in _RUNS if run >= len(rows))
+        blocks = F.pad(rows, (0, 0, 0, wide - n)).view(wide, groups, block_size).permute(2, 1, 0).flatten(1)
+        size = max(1, min(groups, min(_BUFFER, 2**14 * wide) // (n_codewords * wide)))
         total = x.new_zeros(len(codes), wide)
         for group in range(0, groups, size):
-            table = torch.matmul(codebook, blocks[group : group + size])  # [size, K, wide]
             part = codes[:, group : group + size]
-            total += F.embedding_bag(part + first[: part.shape[1]], table.flatten(0, 1), mode="sum")
+            n_own = part.shape[1]
+            table = torch.mm(codebook, blocks[:, group * wide : (group + n_own) * wide])  # [K, n_own * wide]
+            places = torch.add(torch.arange(n_own, dtype=torch.int32), part, alpha=n_own)
+            total += F.embedding_bag(places, table.view(-1, wide), mode="sum")
         y[start : start + n] = total.t()[:n]

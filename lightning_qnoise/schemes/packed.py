@@ -85,6 +85,12 @@ class PackedWeight(nn.Module):
             self._made[memory_format] = dense
         return dense
 
+    def kept(self) -> Tensor | None:
+        """Return what `read` has decoded before, where it may be read again, or None."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return None
+        return self._made.get(torch.contiguous_format)
+
     def forget(self) -> None:
         """Let go of everything that was made from the buffers."""
         self._made.clear()
