@@ -1,6 +1,7 @@
 """Arithmetic on quantized values; needs nothing but torch."""
 
 from lightning_qnoise.ops.affine import affine_steps
+from lightning_qnoise.ops.dense_conv import DenseKernel, dense_conv2d, dense_layout, prepare_dense_conv2d
 from lightning_qnoise.ops.fake_quant_noise import fake_quant_noise
 from lightning_qnoise.ops.int8 import int8_linear
 from lightning_qnoise.ops.int8_conv import Int8Kernel, int8_conv2d, prepare_int8_conv2d
@@ -11,10 +12,13 @@ from lightning_qnoise.ops.kmeans_assign import kmeans_assign
 from lightning_qnoise.ops.pq import pq_decode, pq_embedding, pq_linear
 
 __all__ = [
+    "DenseKernel",
     "Int8Grid",
     "Int8Kernel",
     "Int8Weight",
     "affine_steps",
+    "dense_conv2d",
+    "dense_layout",
     "fake_quant_noise",
     "int8_backend",
     "int8_conv2d",
@@ -24,6 +28,7 @@ __all__ = [
     "pq_decode",
     "pq_embedding",
     "pq_linear",
+    "prepare_dense_conv2d",
     "prepare_grid",
     "prepare_int8",
     "prepare_int8_conv2d",

@@ -21,8 +21,7 @@ from lightning_qnoise.schemes.packed import PackedWeight
 # Where integers are faster, with VNNI (`benchmarks/int8_speed.py`).
 _LEAST = 2**14  # elements of a Linear that would be decoded,
 _LEAST_PRODUCTS_DENSE = 2**21  # multiplications of one whose floats are kept,
-_LEAST_PRODUCTS = 2**23  # multiplications of a convolution,
-_LEAST_REUSE = 128  # and of these for each number that is read or written
+_LEAST_REUSE = {2**25: 64, 3 * 2**22: 150}  # of a convolution, and of these for each number that is read or written
 
 
 class Int8Products(PackedWeight):
@@ -43,9 +42,11 @@ class Int8Products(PackedWeight):
 
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Return `quantize_input(x) @ decode().T + bias`, `[..., out]`, in integers where that is possible."""
-        if self.scheme.activation is None and (dense := self.kept()) is not None:
-            return nn.functional.linear(x, dense, bias)  # at once, as it shows in the time of a small layer
-        if not self._runs_in_integers(x) or self._is_small(x):
+        if self.scheme.activation is None or self._is_small(x):
+            if (dense := self.kept()) is not None:  # at once, as it shows in the time of a small layer
+                return nn.functional.linear(self.quantize_input(x), dense, bias)
+            return self.linear_in_floats(x, bias)
+        if not self._runs_in_integers(x):
             return self.linear_in_floats(x, bias)
         if "int8" not in self._made:
             self._made["int8"] = prepare_int8(*self.integers())
@@ -64,9 +65,7 @@ class Int8Products(PackedWeight):
         """Return the kernels for integers, of one size of images at a time, where these are possible and faster."""
         if not (self._runs_in_integers(x) and self._pays(x, layer)):
             return super().route_of(x, layer)
-        for key, kernel in list(self._made.items()):
-            if isinstance(kernel, Int8Kernel) and kernel.sizes != x.shape:
-                del self._made[key]
+        self._drop_kernels(x.shape)
         padding = layer._reversed_padding_repeated_twice
         return prepare_int8_conv2d(*self.integers(), x.shape, layer.stride, padding, layer.dilation)
 
@@ -90,7 +89,8 @@ class Int8Products(PackedWeight):
         stride = layer.stride[0] * layer.stride[1]
         products = x.numel() // (self.shape[1] * stride) * self.shape.numel()
         passes = self.shape[1] * stride + self.shape[0]
-        is_large = products >= _LEAST_PRODUCTS and self.shape.numel() >= _LEAST_REUSE * passes
+        reuse = self.shape.numel() / passes
+        is_large = any(products >= least and reuse >= least_reuse for least, least_reuse in _LEAST_REUSE.items())
         return is_large and int8_backend(x.device.type) == "onednn"
 
     def _runs_in_integers(self, x: Tensor) -> bool:
