@@ -48,7 +48,7 @@ def int8_linear(x: Tensor, weight: Int8Weight, bias: Tensor | None, grid: Int8Gr
         return x.new_zeros(*x.shape[:-1], n_out)
     bias = None if bias is None else bias.detach().float()
     size = max(16, _BLOCK * torch.get_num_threads() // max(n_in, n_out))
-    if x.is_cuda or isinstance(weight.matrix, onednn.Packed) or len(rows) <= size:
+    if x.is_cuda or len(rows) <= size or (isinstance(weight.matrix, onednn.Packed) and grid.factor is not None):
         y = _product(rows, weight, bias, grid).to(x.dtype)
     else:
         y = x.new_empty(len(rows), n_out)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_BLOCK = 2**18  # elements of a temporary, 1 MiB: it stays in the cache, and malloc keeps its pages
 _OFFSETS = torch.arange(-128.0, 128.0).unbind()  # tensors, as a number would be made one in every call
 
 
@@ -29,22 +28,6 @@ def signed_input(
         >>> codes + 128, sums
         (tensor([[2, 3, 7]], dtype=torch.int8), tensor([[-372.]]))
     """
-    size = max(1, _BLOCK * torch.get_num_threads() * len(x) // x.numel())
-    if x.is_cuda or len(x) <= size:
-        return _signed_input(x, scale, zero_point, bits, with_sums)
-    found = []
-    for start in range(0, len(x), size):
-        part = slice(start, start + size)
-        own_scale = scale[part] if scale.ndim else scale
-        own_zero = zero_point[part] if isinstance(zero_point, Tensor) and zero_point.ndim else zero_point
-        found.append(_signed_input(x[part], own_scale, own_zero, bits, with_sums))
-    sums = [part for _, part in found if part is not None]
-    return torch.cat([codes for codes, _ in found]), torch.cat(sums) if with_sums else None
-
-
-def _signed_input(
-    x: Tensor, scale: Tensor, zero_point: Tensor | int, bits: int, with_sums: bool
-) -> tuple[Tensor, Tensor | None]:
     codes, offset = (x.float() / scale).round_(), zero_point - 128
     if isinstance(offset, int):
         offset = _OFFSETS[zero_point]

@@ -21,7 +21,7 @@ from lightning_qnoise.schemes.packed import PackedWeight
 # Where integers are faster, with VNNI (`benchmarks/int8_speed.py`).
 _LEAST = 2**14  # elements of a Linear that would be decoded,
 _LEAST_PRODUCTS_DENSE = 2**21  # multiplications of one whose floats are kept,
-_LEAST_REUSE = {2**25: 64, 3 * 2**22: 150}  # of a convolution, and of these for each number that is read or written
+_LEAST_REUSE = {2**25: 64, 3 * 2**22: 150, 2**22: 500}  # of a convolution, and for each number that is read or written
 
 
 class Int8Products(PackedWeight):
@@ -50,12 +50,12 @@ class Int8Products(PackedWeight):
             return self.linear_in_floats(x, bias)
         if "int8" not in self._made:
             self._made["int8"] = prepare_int8(*self.integers())
-        grid = self._made.get("grid")
+        weight, grid = self._made["int8"], self._made.get("grid")
         if grid is None:
-            grid = prepare_grid(self._made["int8"], *self._input(x))
+            grid = prepare_grid(weight, *self._input(x))
             if self.scheme.activation is not None and self.scheme.activation.mode == "static":
                 self._made["grid"] = grid
-        return int8_linear(x, self._made["int8"], bias, grid)
+        return int8_linear(x, weight, bias, grid)
 
     def linear_in_floats(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Return the same where it is not possible."""

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lightning_qnoise.ops import int8_backend, int8_codes, int8_conv2d, prepare_int8_conv2d
+from lightning_qnoise.ops import int8_backend, int8_conv2d, prepare_int8_conv2d
 
 pytestmark = pytest.mark.skipif(int8_backend("cpu") != "onednn", reason="this processor has no exact int8 kernels")
 each_symmetric = pytest.mark.parametrize("symmetric", [False, True])
@@ -62,16 +62,6 @@ def test_it_is_the_convolution_of_the_quantized_values(shape, kernel, geometry, 
     x = torch.randn(shape) * 3 + 1
     check(x, make_kernel(kernel, symmetric), torch.randn(kernel[0]), make_grid(x, per), **geometry)
     check(x, make_kernel(kernel, symmetric), None, make_grid(x, per), **geometry)
-
-
-@each_symmetric
-@each_grid
-@pytest.mark.parametrize("block", [1, 700, 5000])
-def test_slices_are_the_whole(block, per, symmetric, monkeypatch):
-    monkeypatch.setattr(int8_codes, "_BLOCK", block)  # a sample, some samples, all at a time
-    for layout in (torch.contiguous_format, torch.channels_last):
-        x = torch.randn(7, 5, 9, 8).contiguous(memory_format=layout)
-        check(x, make_kernel((6, 5, 3, 3), symmetric), torch.randn(6), make_grid(x, per), padding=(1, 1, 1, 1))
 
 
 @each_symmetric
