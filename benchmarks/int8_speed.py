@@ -1,7 +1,7 @@
 """What integer execution gains: the time of a model in float32 over that of the model packed as int8.
 
-Linear layers and large convolutions with quantized inputs run in integers, small convolutions and attention's own
-projections in floats (`set_memory(model, "fast")`).
+Large Linear layers and convolutions with quantized inputs run in integers, small ones and attention's own projections in
+floats (`set_memory(model, "fast")`).
 
 `python benchmarks/int8_speed.py` prints a row per model, batch and route and writes `results/int8_speed.csv` here.
 Everything runs on one thread, and its processor time is counted: the models take turns, each with a few calls in a
@@ -55,6 +55,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Tensor]]] = {
     "text task": (text_model, lambda n: torch.randint(0, 1024, (n, 64))),
     "shipped LM": (TransformerLM, lambda n: torch.randint(0, 1024, (n, 64))),
     "shipped convnet": (DigitsClassifier, lambda n: torch.randn(n, 1, 8, 8)),
+    "Linear 4096": (lambda: nn.Sequential(nn.Linear(4096, 4096)), lambda n: torch.randn(n, 4096)),
     "wide convnet": (lambda: DigitsClassifier(width=64), lambda n: torch.randn(n, 1, 32, 32)),
 }
 
