@@ -1,7 +1,7 @@
 """What integer execution gains: the time of a model in float32 over that of the model packed as int8.
 
-Large Linear layers and convolutions with quantized inputs run in integers, small ones and attention's own projections in
-floats (`set_memory(model, "fast")`).
+Large Linear layers and convolutions with quantized inputs run in integers, small ones and attention's own projections
+in floats (`set_memory(model, "fast")`).
 
 `python benchmarks/int8_speed.py` prints a row per model, batch and route and writes `results/int8_speed.csv` here.
 Everything runs on one thread, and its processor time is counted: the models take turns, each with a few calls in a

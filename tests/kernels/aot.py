@@ -89,7 +89,7 @@ def resources(recorder, arch):
     kinds = re.findall(r"\b(LDG|LDL|STL|STG|LDGSTS|HGMMA|HMMA)\b((?:\.\w+)*)", sass)
     sizes = [(kind, re.search(r"\.(128|64|[US]8|[US]16|\d+x\d+x\d+)\b", rest)) for kind, rest in kinds]
     instructions = sorted({kind + (size[0] if size else "") for kind, size in sizes})
-    halves = len(re.findall(r"FADD \w+, \w+, -?8388608 ", sass))  # to and from 2**23, by which the noise rounds
+    halves = len(re.findall(r"FADD \w+, \w+, -?12582912 ", sass))  # to and from 1.5 * 2**23, by which the noise rounds
     return {**used, "SHARED": binary.metadata.shared, "instructions": instructions, "halves": halves}
 
 
