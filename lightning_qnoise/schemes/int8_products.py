@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lightning_qnoise.ops import (
@@ -16,7 +15,8 @@ from lightning_qnoise.ops import (
     prepare_int8,
     prepare_int8_conv2d,
 )
-from lightning_qnoise.schemes.packed import PackedWeight
+from lightning_qnoise.schemes.fast_conv import FastConvolutions
+from lightning_qnoise.schemes.packed import is_recorded
 
 # Where integers are faster, with VNNI (`benchmarks/int8_speed.py`).
 _LEAST = 2**14  # elements of a Linear that would be decoded,
@@ -24,7 +24,7 @@ _LEAST_PRODUCTS_DENSE = 2**21  # multiplications of one whose floats are kept,
 _LEAST_REUSE = {2**25: 64, 3 * 2**22: 150, 2**22: 500}  # of a convolution, and for each number that is read or written
 
 
-class Int8Products(PackedWeight):
+class Int8Products(FastConvolutions):
     """A packed weight whose Linear or Conv2d runs in integers.
 
     They do so without gradients, on devices with exact integer kernels (a convolution on CPUs), and where they are
@@ -65,7 +65,7 @@ class Int8Products(PackedWeight):
         """Return the kernels for integers, of one size of images at a time, where these are possible and faster."""
         if not (self._runs_in_integers(x) and self._pays(x, layer)):
             return super().route_of(x, layer)
-        self._drop_kernels(x.shape)
+        self.drop_kernels(x.shape)
         padding = layer._reversed_padding_repeated_twice
         return prepare_int8_conv2d(*self.integers(), x.shape, layer.stride, padding, layer.dilation)
 
@@ -94,7 +94,6 @@ class Int8Products(PackedWeight):
         return is_large and int8_backend(x.device.type) == "onednn"
 
     def _runs_in_integers(self, x: Tensor) -> bool:
-        if self.scheme.activation is None or self.observer is not None or not x.numel():
+        if self.scheme.activation is None or self.observer is not None or not x.numel() or is_recorded():
             return False
-        is_plain = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        return is_plain and self.is_int8 and int8_backend(x.device.type) is not None
+        return self.is_int8 and int8_backend(x.device.type) is not None

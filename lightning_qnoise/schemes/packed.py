@@ -8,13 +8,17 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_qnoise.ops import DenseKernel, dense_conv2d, dense_layout, prepare_dense_conv2d
 from lightning_qnoise.schemes.activation import dynamic_grid
 from lightning_qnoise.schemes.observer import Observer
 from lightning_qnoise.schemes.ranges import affine_decode, affine_grid, round_trip
 
 if TYPE_CHECKING:
     from lightning_qnoise.schemes.base import Scheme
+
+
+def is_recorded() -> bool:
+    """Whether what is computed now goes into a graph, where nothing that was kept belongs."""
+    return torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 def _never_called(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -72,7 +76,7 @@ class PackedWeight(nn.Module):
 
     def read(self, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:
         """Return the decoded weight as a layer reads it: decoded once where memory and gradients allow."""
-        if self.memory == "lean" or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if self.memory == "lean" or is_recorded():
             return self.decode()
         if memory_format in self._made:
             return self._made[memory_format]
@@ -83,9 +87,7 @@ class PackedWeight(nn.Module):
 
     def kept(self) -> Tensor | None:
         """Return what `read` has decoded before, where it may be read again, or None."""
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return None
-        return self._made.get(torch.contiguous_format)
+        return None if is_recorded() else self._made.get(torch.contiguous_format)
 
     def forget(self) -> None:
         """Let go of everything that was made from the buffers."""
@@ -181,39 +183,7 @@ class PackedWeight(nn.Module):
 
     def conv2d(self, x: Tensor, layer: nn.Conv2d) -> Tensor:
         """Return what `layer`, an ungrouped convolution with zero padding, makes of `quantize_input(x)`."""
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return layer._conv_forward(self.quantize_input(x), self.read(), layer.bias)
-        geometry = x.shape, layer.stride, layer.padding, layer.dilation
-        route = self._made.get(geometry)  # every step shows in the time of a small layer
-        if route is None:
-            route = self._made[geometry] = self.route_of(x, layer)
-        return self.convolve(x, layer, route)
-
-    def route_of(self, x: Tensor, layer: nn.Conv2d) -> Any:
-        """Return how inputs of this shape are convolved without gradients: a packed weight, or the layout of one."""
-        if self.memory == "lean" or not x.is_cpu:
-            return torch.contiguous_format
-        layout = dense_layout(x.shape, self.shape, layer.stride)
-        if layout == "packed" and x.dtype == self.dtype == torch.float32 and torch.backends.mkldnn.is_available():
-            if not isinstance(layer.padding, str):
-                self._drop_kernels(x.shape)
-                return prepare_dense_conv2d(self.decode(), x.shape, layer.stride, layer.padding, layer.dilation)
-        return torch.channels_last if layout == "channels-last" else torch.contiguous_format
-
-    def convolve(self, x: Tensor, layer: nn.Conv2d, route: Any) -> Tensor:
-        """Convolve on a route of `route_of`."""
-        geometry: Any = layer.stride, layer.padding, layer.dilation
-        x = self.quantize_input(x)
-        if isinstance(route, DenseKernel):
-            return dense_conv2d(x, route, layer.bias, *geometry)
-        y = nn.functional.conv2d(x, self.read(route), layer.bias, *geometry)
-        return y.contiguous() if route is torch.channels_last and x.is_contiguous() else y
-
-    def _drop_kernels(self, sizes: torch.Size) -> None:
-        """Let go of kernels that were packed for images of other sizes."""
-        for key, kernel in list(self._made.items()):
-            if getattr(kernel, "sizes", sizes) != sizes:
-                del self._made[key]
+        return layer._conv_forward(self.quantize_input(x), self.read(), layer.bias)
 
     def embedding(self, ids: Tensor, padding_idx: int | None = None) -> Tensor:
         """Return the rows `ids`, `[*ids.shape, dim]`; the row `padding_idx` passes no gradient on."""

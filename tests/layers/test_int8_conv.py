@@ -1,13 +1,14 @@
 """A packed Conv2d: in integers where its input is quantized, with its channels last where its images are few."""
 
 import copy
+import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lightning_qnoise import PQ, Int, quantize, set_memory
+from lightning_qnoise import PQ, Int, quantize, set_memory, train_codebooks
 from lightning_qnoise.calibrate import calibrate
 from lightning_qnoise.ops import DenseKernel, Int8Kernel, int8_backend
 from lightning_qnoise.schemes import int8_products
@@ -140,6 +141,43 @@ def test_another_range_is_seen():
     narrow = model(x)
     assert not torch.allclose(before, narrow, atol=0.1)
     torch.testing.assert_close(narrow, F.conv2d(packed.quantize_input(x), packed.decode(), model[0].bias))
+
+
+@integers
+@torch.no_grad()
+def test_a_second_calibration_sees_the_inputs():
+    model, x = layer(SCHEMES["static"], 64, 64, 3, padding=1), torch.randn(8, 64, 12, 12)
+    model(x)
+    packed = model[0].packed("weight")
+    assert runs_in_integers(packed)
+    calibrate(model, [0.1 * x])
+    low, high = (0.1 * end.item() for end in (x.min(), x.max()))
+    torch.testing.assert_close(packed.input_scale.item(), (high - low) / 255)
+    assert not runs_in_integers(packed)
+
+
+@torch.no_grad()
+def test_a_trained_codebook_is_read_anew_and_empty_inputs_pass():
+    model, x = layer(PQ(block_size=9, n_centroids=16), 64, 64, 3, padding=1), torch.randn(8, 64, 2, 2)
+    train_codebooks(set_memory(model, "fast"))
+    packed = model[0].packed("weight")
+    for _ in range(2):
+        torch.testing.assert_close(
+            model(x), F.conv2d(x, packed.decode(), model[0].bias, padding=1), rtol=1e-4, atol=1e-5
+        )
+        packed.codebook.mul_(1.5)  # as an optimizer does
+    for memory in ("lean", "fast"):
+        set_memory(train_codebooks(model, False), memory)
+        assert model(x[:0]).shape == (0, 64, 2, 2)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            traced = torch.jit.trace(model, x)
+        torch.testing.assert_close(traced(x + 1), model(x + 1), rtol=1e-4, atol=1e-5)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert model(x).dtype == torch.bfloat16
+        for size in range(1, 80):  # what is remembered stays bounded
+            model(torch.randn(1, 64, 1, size))
+        assert len(packed._made) < 70
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
