@@ -17,7 +17,7 @@ class Int8Grid(NamedTuple):
         scale: float32, `[]` for all of `x`, or one per row of it, `[rows, 1]`.
         zero_point: Whole numbers in `[0, 2**bits)`: float32 of the shape of `scale`, or one number.
         bits: Bits per code.
-        offset: `zero_point - 128` of many scales; None if all are zero, or of one scale.
+        offset: `zero_point - 2**(bits - 1)` of many scales; None if all are zero, or of one scale.
         factor: float32 `[out]`: what a product of codes is multiplied by. None of many scales.
         shift: float32 `[out]`: what is added then. None of many scales.
     """
@@ -57,6 +57,7 @@ def prepare_grid(weight: Int8Weight, scale: Tensor, zero_point: Tensor | int, bi
         >>> prepare_grid(weight, torch.tensor(3.0), 128).factor
         tensor([1.5000])
     """
+    middle = 2 ** (bits - 1)
     if isinstance(zero_point, Tensor):
         if scale.shape != zero_point.shape:
             raise ValueError(f"scale {list(scale.shape)} and zero point {list(zero_point.shape)} have different shapes")
@@ -64,8 +65,8 @@ def prepare_grid(weight: Int8Weight, scale: Tensor, zero_point: Tensor | int, bi
     if scale.ndim:
         scale = scale.reshape(-1, 1)
         offset = None
-        if isinstance(zero_point, Tensor) or zero_point != 128:
-            offset = torch.zeros_like(scale) + (zero_point - 128)
+        if isinstance(zero_point, Tensor) or zero_point != middle:
+            offset = torch.zeros_like(scale) + (zero_point - middle)
         return Int8Grid(scale, zero_point, bits, offset, None, None)
     factor = scale * weight.scale
-    return Int8Grid(scale, zero_point, bits, None, factor, weight.sums * factor * (128 - zero_point))
+    return Int8Grid(scale, zero_point, bits, None, factor, weight.sums * factor * (middle - zero_point))

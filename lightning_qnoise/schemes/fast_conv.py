@@ -25,7 +25,7 @@ class FastConvolutions(PackedWeight):
             return super().conv2d(x, layer)
         if self.is_trained:  # an optimizer may move it before the next forward
             return self.convolve(x, layer, self.route_of(x, layer))
-        key = x.shape, x.dtype, layer.stride, layer.padding, layer.dilation
+        key = x.shape, layer.stride, layer.padding, layer.dilation
         route = self._made.get(key)
         if route is None:
             if len(self._made) > _MOST_ROUTES:

@@ -103,6 +103,17 @@ def test_int8_codewords_run_in_integers_where_memory_is_fast(mode, monkeypatch):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("per", ["tensor", "token"])
+def test_every_input_has_its_own_dynamic_range(per):
+    model = layer(Int(8, activation=Int(8, per=per)))
+    packed = model[0].packed("weight")
+    for factor in (1.0, 100.0, 0.01):
+        x = factor * torch.randn(3, 130)
+        expected = nn.functional.linear(packed.quantize_input(x), packed.decode(), model[0].bias)
+        torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5 * factor)
+
+
+@torch.no_grad()
 def test_where_floats_are_kept_few_products_stay_float():
     model = set_memory(layer(SCHEMES["static"], 256, 256), "fast")
     packed, x = model[0].packed("weight"), torch.randn(40, 256)

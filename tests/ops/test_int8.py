@@ -98,6 +98,7 @@ def test_fewer_bits(backend, bits, x_bits, symmetric):
 def test_values_off_a_static_grid_are_clamped(backend):
     x = torch.tensor([[-1e9, 1e9, 0.3, float("inf")]])
     check(backend, x, make_weight(3, 4), None, (torch.tensor(0.01), torch.tensor(100.0)))
+    check(backend, x, make_weight(3, 4), None, (torch.tensor(0.1), 9), x_bits=4)
 
 
 @pytest.mark.parametrize("shape", [(20,), (0, 20), (2, 0, 20), (2, 3, 20), (2, 3, 4, 20)])

@@ -112,10 +112,16 @@ def test_layouts_of_memory(per):
         torch.randn(6, 6, 4, 3).permute(3, 2, 0, 1),
         torch.randn(3, 8, 6, 12)[:, ::2, :, ::2],
         torch.randn(1, 4, 6, 6).expand(3, 4, 6, 6),
+        torch.randn(3, 4, 6, 6),
     ):
         y = check(x, kernel, None, make_grid(x, per))
         is_last = x.is_contiguous(memory_format=torch.channels_last)
         assert y.is_contiguous(memory_format=torch.channels_last if is_last else torch.contiguous_format)
+
+
+def test_one_channel_is_contiguous():
+    y = check(torch.randn(3, 1, 6, 6), make_kernel((5, 1, 3, 3)), None, (torch.tensor(0.02), 100))
+    assert y.is_contiguous()
 
 
 def test_no_gradient():

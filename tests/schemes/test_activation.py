@@ -56,6 +56,33 @@ def test_every_token_of_a_linear_layer_is_quantized_alone(bits, symmetric, shape
     torch.testing.assert_close(packed.linear(x, bias), F.linear(got, packed.decode(), bias))
 
 
+@each_symmetric
+@pytest.mark.parametrize("values", ["whole numbers", "normal", "tiny", "huge", "zero", "of one sign"])
+def test_one_range_is_found_on_the_host_as_among_many(values, symmetric):
+    x = torch.randn(400, 5)
+    x = {
+        "whole numbers": (40 * x).round(),
+        "tiny": x * 1e-39,
+        "huge": x * 1e37,
+        "zero": 0 * x,
+        "of one sign": x.abs(),
+    }.get(values, x)
+    packed = Int(8, activation=Int(8, symmetric=symmetric)).encode(torch.randn(7, 5))
+    together = packed.quantize_input(x)
+    for row, expected in zip(x, together, strict=True):
+        assert isinstance(packed.input_grid(row)[1], int)
+        assert torch.equal(packed.quantize_input(row), expected)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@each_symmetric
+def test_what_is_not_finite_stays_visible(bad, symmetric):
+    packed = Int(8, activation=Int(8, symmetric=symmetric)).encode(torch.randn(7, 5))
+    x = torch.tensor([0.5, bad, -1.0, 2.0, 0.0])
+    assert not packed.quantize_input(x).isfinite().all()
+    torch.testing.assert_close(packed.quantize_input(torch.stack([x, x]))[0], packed.quantize_input(x), equal_nan=True)
+
+
 @each_bits
 @each_symmetric
 @pytest.mark.parametrize(
