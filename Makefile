@@ -47,7 +47,7 @@ docs: $(STAMP)  ## the examples in the README and the docstrings
 notebooks: $(STAMP)  ## execute every notebook (they are not rewritten)
 	@for notebook in $(wildcard notebooks/*.ipynb); do \
 		echo "[notebooks] $$notebook"; \
-		$(BIN)/python -c "from nbclient.cli import main; main()" --log-level=WARN "$$notebook" || exit 1; \
+		$(BIN)/python -c "from nbclient.cli import main; main()" "$$notebook" || exit 1; \
 	done
 
 bench: $(STAMP)  ## run the benchmarks
