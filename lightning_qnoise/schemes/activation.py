@@ -56,9 +56,8 @@ def dynamic_grid(x: Tensor, activation: Int, weight_shape: Sequence[int]) -> tup
     if activation.symmetric:
         scale, zero_point = affine_grid(low, high, activation.bits, True)[0], 2 ** (activation.bits - 1)
     else:  # the same in half the passes, which count where every input has them
-        levels = 2**activation.bits - 1
-        scale = (high / levels).sub_(low / levels).clamp_(min=torch.finfo(torch.float32).tiny)
-        zero_point = low.div(scale).neg_().round_()
+        scale = (high - low).div_(2**activation.bits - 1).clamp_(min=torch.finfo(torch.float32).tiny)
+        zero_point = low.div_(scale).round_().neg_()
     shape = (*shared, *[1] * n_own) if shared else ()
     return scale.view(shape), zero_point.view(shape) if isinstance(zero_point, Tensor) else zero_point
 
@@ -73,7 +72,7 @@ def _host_grid(x: Tensor, activation: Int) -> tuple[Tensor, int] | None:
     if activation.symmetric:
         span = 2 * max(largest, -least) * levels / (levels - 1)
         return low.fill_(_single(span / levels) or 1.0), 2 ** (activation.bits - 1)
-    step = max(_single(_single(largest / levels) - _single(least / levels)), torch.finfo(torch.float32).tiny)
+    step = max(_single(_single(largest - least) / levels), torch.finfo(torch.float32).tiny)
     return low.fill_(step), round(_single(-least / step))
 
 

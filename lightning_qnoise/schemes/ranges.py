@@ -45,7 +45,7 @@ def find_range(
         >>> low.item(), high.item()
         (-1.0, 2.0)
     """
-    low, high = values.amin(dim=-1).clamp(max=0), values.amax(dim=-1).clamp(min=0)
+    low, high = values.amin(dim=-1).clamp_(max=0), values.amax(dim=-1).clamp_(min=0)
     if method in ("minmax", "ema"):
         return low, high
     if counts is None:
