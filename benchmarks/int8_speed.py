@@ -104,13 +104,14 @@ def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--turns", type=int, default=25)
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "int8_speed.csv")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     rows = []
     for name in arguments.models:
-        for batch in (1, 16):
+        for batch in arguments.batches:
             for row in measure(name, batch, arguments.turns):
                 print(*row.values(), sep="  ", flush=True)
                 rows.append(row)

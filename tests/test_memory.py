@@ -52,6 +52,22 @@ def test_what_is_kept_follows_the_weight():
     assert not fast[3].packed("weight")._made
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("memory", ["lean", "fast"])
+@pytest.mark.parametrize("policy", [Int(8, activation=Int(8)), Int(4), PQ(8, 16)], ids=str)
+def test_the_default_device_does_not_matter(policy, memory):
+    """A model on the CPU computes there, also where new tensors are made elsewhere by default."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(32, 64, 3, padding=1), nn.Flatten(2), nn.Linear(144, 160)).eval()
+    inputs = [torch.randn(n, 32, 12, 12) for n in (1, 2, 20)]
+    packed = set_memory(quantize(copy.deepcopy(net), policy), memory)
+    expected = [packed(x) for x in inputs]
+    with torch.device("meta"):
+        again = set_memory(quantize(net, policy), memory)
+        for x, y in zip(inputs, expected, strict=True):
+            assert torch.equal(again(x), y)
+
+
 def test_the_word_is_checked():
     with pytest.raises(ValueError, match="'lean' or 'fast', got 'quick'"):
         set_memory(nn.Linear(2, 2), "quick")

@@ -66,7 +66,7 @@ def _product(
     With whole numbers, `sum((qx - zx) * (qw - zw)) = sum(qx * qw) - zw * sum(qx) - zx * sum(qw - zw)`.
     """
     middle, with_sums = 2 ** (grid.bits - 1), weight.zero_point is not None
-    codes, sums = signed_input(rows, *grid[:3], middle, with_sums)
+    codes, sums = signed_input(rows, grid.scale, grid.offset, grid.bits, middle, with_sums)
     if grid.factor is None or grid.shift is None:
         y = _minus(_sums_of_products(codes, weight), sums, weight.zero_point)
         y = _minus(y, grid.offset, weight.sums).mul_(weight.scale)

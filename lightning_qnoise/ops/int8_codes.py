@@ -5,31 +5,29 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_OFFSETS = torch.arange(-128.0, 128.0).unbind()  # tensors, as a number would be made one in every call
-
 
 def signed_input(
-    x: Tensor, scale: Tensor, zero_point: Tensor | int, bits: int = 8, middle: int = 128, with_sums: bool = False
+    x: Tensor, scale: Tensor, offset: Tensor | int | None, bits: int = 8, middle: int = 128, with_sums: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """Return the codes of an input less `middle`, and on demand sums.
 
     Args:
         x: Float, of one or more dimensions, not empty.
         scale: float32, `[]` for all of `x`, or one per entry of its first dimension, `[n, 1, ...]`.
-        zero_point: Whole numbers in `[0, 2**bits)`: float32 of the shape of `scale`, or one number.
+        offset: The zero point less `middle`, whole numbers: float32 of the shape of `scale`, or one number; None is 0.
         bits: Bits per code, at most 8.
-        middle: Where zero is in the result, at most 128.
+        middle: What the codes are less by, at most 128.
         with_sums: Whether to sum.
 
     Returns:
         int8 in the layout of `x`, and their sums over the last dimension, float32 `[..., 1]`, or None.
 
     Example:
-        >>> signed_input(torch.tensor([[-1.0, 0.4, 9.0]]), torch.tensor(1.0), 3, bits=3, middle=4, with_sums=True)
+        >>> signed_input(torch.tensor([[-1.0, 0.4, 9.0]]), torch.tensor(1.0), -1, bits=3, middle=4, with_sums=True)
         (tensor([[-2, -1,  3]], dtype=torch.int8), tensor([[0.]]))
     """
-    codes, offset = (x.float() / scale).round_(), zero_point - middle
-    if isinstance(offset, int):
-        offset = _OFFSETS[offset + 128]
-    codes.add_(offset).clamp_(-middle, 2**bits - 1 - middle)  # as `affine_steps` rounds
+    codes = (x.float() / scale).round_()  # and only then the zero point, as `affine_steps` does
+    if offset is not None:
+        codes.add_(offset)
+    codes.clamp_(-middle, 2**bits - 1 - middle)
     return codes.to(torch.int8), codes.sum(dim=-1, keepdim=True) if with_sums else None

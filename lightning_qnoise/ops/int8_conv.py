@@ -112,14 +112,14 @@ def int8_conv2d(
     """
     if x.shape != kernel.sizes:
         raise ValueError(f"the kernel is packed for images {list(kernel.sizes)}, got {list(x.shape)}")
-    images = _padded(signed_input(x.detach(), scale, zero_point, bits)[0], zero_point, kernel.padding)
+    images = _padded(signed_input(x.detach(), scale, zero_point - 128, bits)[0], zero_point, kernel.padding)
     sums = onednn.conv2d(images, kernel.matrix, kernel.stride, kernel.dilation)
     if kernel.zero_point is not None:
         sums = torch.addcmul(sums[:, :-1], sums[:, -1:], kernel.zero_point, value=-1)
     factor = scale * kernel.scale
     is_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
     layout = torch.channels_last if is_last else torch.contiguous_format
-    y = torch.empty(sums.shape, dtype=x.dtype, memory_format=layout)
+    y = torch.empty_like(sums, dtype=x.dtype, memory_format=layout)
     bias = None if bias is None else bias.detach().float()[:, None, None]
     if isinstance(zero_point, int) and not zero_point:
         return torch.mul(sums, factor, out=y) if bias is None else torch.addcmul(bias, sums, factor, out=y)
@@ -135,7 +135,7 @@ def _padded(codes: Tensor, zero_point: Tensor | int, padding: Sequence[int]) -> 
     left, right, above, below = padding
     n, channels, height, width = codes.shape
     sizes = n, channels, above + height + below, left + width + right
-    images = torch.empty(sizes, dtype=torch.uint8, memory_format=torch.channels_last)
+    images = torch.empty(sizes, dtype=torch.uint8, device=codes.device, memory_format=torch.channels_last)
     images.copy_(zero_point) if isinstance(zero_point, Tensor) else images.fill_(zero_point)
     torch.bitwise_xor(bytes_, 128, out=images[:, :, above : above + height, left : left + width])
     return images

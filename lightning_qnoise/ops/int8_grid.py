@@ -15,17 +15,15 @@ class Int8Grid(NamedTuple):
 
     Attributes:
         scale: float32, `[]` for all of `x`, or one per row of it, `[rows, 1]`.
-        zero_point: Whole numbers in `[0, 2**bits)`: float32 of the shape of `scale`, or one number.
+        offset: `zero_point - 2**(bits - 1)`, float32 whole numbers of the shape of `scale`; None if all are zero.
         bits: Bits per code.
-        offset: `zero_point - 2**(bits - 1)` of many scales; None if all are zero, or of one scale.
         factor: float32 `[out]`: what a product of codes is multiplied by. None of many scales.
         shift: float32 `[out]`: what is added then. None of many scales.
     """
 
     scale: Tensor
-    zero_point: Tensor | int
-    bits: int
     offset: Tensor | None
+    bits: int
     factor: Tensor | None
     shift: Tensor | None
 
@@ -33,9 +31,7 @@ class Int8Grid(NamedTuple):
         """Return the grid of some rows."""
         if not self.scale.ndim:
             return self
-        if isinstance(self.zero_point, int) or self.offset is None:
-            return self._replace(scale=self.scale[part])
-        return self._replace(scale=self.scale[part], zero_point=self.zero_point[part], offset=self.offset[part])
+        return self._replace(scale=self.scale[part], offset=None if self.offset is None else self.offset[part])
 
 
 def prepare_grid(weight: Int8Weight, scale: Tensor, zero_point: Tensor | int, bits: int = 8) -> Int8Grid:
@@ -57,16 +53,15 @@ def prepare_grid(weight: Int8Weight, scale: Tensor, zero_point: Tensor | int, bi
         >>> prepare_grid(weight, torch.tensor(3.0), 128).factor
         tensor([1.5000])
     """
-    middle = 2 ** (bits - 1)
-    if isinstance(zero_point, Tensor):
-        if scale.shape != zero_point.shape:
-            raise ValueError(f"scale {list(scale.shape)} and zero point {list(zero_point.shape)} have different shapes")
-        zero_point = zero_point.reshape(-1, 1) if scale.ndim else zero_point
+    if isinstance(zero_point, Tensor) and scale.shape != zero_point.shape:
+        raise ValueError(f"scale {list(scale.shape)} and zero point {list(zero_point.shape)} have different shapes")
+    scale, distance = scale.reshape(-1, 1) if scale.ndim else scale, zero_point - 2 ** (bits - 1)
+    offset: Tensor | None = None
+    if isinstance(distance, Tensor):
+        offset = distance.view_as(scale)
+    elif distance:
+        offset = torch.full_like(scale, distance)
     if scale.ndim:
-        scale = scale.reshape(-1, 1)
-        offset = None
-        if isinstance(zero_point, Tensor) or zero_point != middle:
-            offset = torch.zeros_like(scale) + (zero_point - middle)
-        return Int8Grid(scale, zero_point, bits, offset, None, None)
+        return Int8Grid(scale, offset, bits, None, None)
     factor = scale * weight.scale
-    return Int8Grid(scale, zero_point, bits, None, factor, weight.sums * factor * (middle - zero_point))
+    return Int8Grid(scale, offset, bits, factor, weight.sums * factor * -distance)

@@ -32,7 +32,7 @@ def _least_cpu(cost: Tensor) -> tuple[Tensor, Tensor]:
     `k + index` reads the marks: two of them add up to more than `2k`.
     """
     k, least = cost.shape[1], cost.amin(dim=1, keepdim=True)
-    codes = torch.mv(cost.eq_(least), torch.arange(k, 2 * k, dtype=torch.float32))
+    codes = torch.mv(cost.eq_(least), torch.arange(k, 2 * k, dtype=torch.float32, device=cost.device))
     return least[:, 0], codes.long() - k
 
 

@@ -53,7 +53,8 @@ def conv2d(images: Tensor, kernels: Packed, stride: Sequence[int], dilation: Seq
 
 def is_exact() -> bool:
     """Whether these kernels are there, and do not saturate in 16 bits, as without VNNI instructions."""
-    codes, images = torch.full((32, 64), 127, dtype=torch.int8), torch.full((32, 64, 1, 1), 255, dtype=torch.uint8)
+    codes = torch.full((32, 64), 127, dtype=torch.int8, device="cpu")
+    images = torch.full((32, 64, 1, 1), 255, dtype=torch.uint8, device="cpu")
     try:
         product = linear(codes.clone(), pack_linear(codes))
         kernels = pack_conv2d(codes[:, :, None, None], images.shape, (1, 1), (1, 1))
@@ -65,7 +66,8 @@ def is_exact() -> bool:
 
 def _neutral(codes: Tensor) -> tuple[Tensor, Tensor]:
     """A scale and a zero point that change nothing."""
-    return torch.ones(len(codes)), torch.zeros(len(codes), dtype=torch.int32)
+    ones = torch.ones(len(codes), device=codes.device)
+    return ones, torch.zeros_like(ones, dtype=torch.int32)
 
 
 def _qconv() -> Any:

@@ -70,7 +70,7 @@ def pq_embedding(
     """Return rows of the matrix.
 
     Args:
-        ids: int32 or int64, any shape.
+        ids: int32 or int64, any shape. One that names no row is an error on a CPU, and NaN in a kernel of a GPU.
         codes: Integers below K `[rows, groups]`, of any integer dtype.
         codebook: Float `[K, d]`.
         dtype: Of the result; None takes the codebook's.

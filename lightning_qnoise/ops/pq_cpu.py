@@ -69,7 +69,7 @@ def linear(x: Tensor, codes: Tensor, codebook: Tensor, route: str | None = None)
 
 def decode(codes: Tensor, codebook: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the matrix `[out, groups * d]` of codes `[out, groups]` and a codebook `[K, d]`."""
-    weight = torch.empty(len(codes), codes.shape[1] * codebook.shape[1], dtype=dtype)
+    weight = codebook.new_empty(len(codes), codes.shape[1] * codebook.shape[1], dtype=dtype)
     for part, decoded in row_slices(codes, codebook, dtype):
         weight[part] = decoded
     return weight
@@ -115,7 +115,7 @@ def _decode(x: Tensor, codes: Tensor, codebook: Tensor, y: Tensor) -> None:
 def _gather(x: Tensor, codes: Tensor, codebook: Tensor, y: Tensor) -> None:
     (n_out, groups), (n_codewords, block_size) = codes.shape, codebook.shape
     tables = torch.matmul(x.view(len(x), groups, block_size), codebook.to(x.dtype).t()).flatten(1)
-    first = torch.arange(groups, dtype=torch.int32) * n_codewords
+    first = torch.arange(groups, dtype=torch.int32, device=codes.device) * n_codewords
     size = max(1, _BUFFER // groups)
     buffer = x.new_empty(min(size, n_out) * groups)
     for start in range(0, n_out, size):
@@ -134,11 +134,11 @@ def _lookup(x: Tensor, codes: Tensor, codebook: Tensor, y: Tensor) -> None:
         n, wide = len(rows), next(run for run in _RUNS if run >= len(rows))
         blocks = F.pad(rows, (0, 0, 0, wide - n)).view(wide, groups, block_size).permute(2, 1, 0).flatten(1)
         size = max(1, min(groups, min(_BUFFER, 2**14 * wide) // (n_codewords * wide)))
-        total = x.new_zeros(len(codes), wide)
+        total, first = x.new_zeros(len(codes), wide), torch.arange(size, dtype=torch.int32, device=codes.device)
         for group in range(0, groups, size):
             part = codes[:, group : group + size]
             n_own = part.shape[1]
             table = torch.mm(codebook, blocks[:, group * wide : (group + n_own) * wide])  # [K, n_own * wide]
-            places = torch.add(torch.arange(n_own, dtype=torch.int32), part, alpha=n_own)
+            places = torch.add(first[:n_own], part, alpha=n_own)
             total += F.embedding_bag(places, table.view(-1, wide), mode="sum")
         y[start : start + n] = total.t()[:n]

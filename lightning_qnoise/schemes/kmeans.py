@@ -81,7 +81,9 @@ def _distinct(points: Tensor, k: int) -> Tensor | None:
     if len(points) > 8 * k and _distinct(points[: 4 * k], k) is None:
         return None
     generator = torch.Generator().manual_seed(0)
-    factors = torch.randint(-(2**63), 2**63 - 1, points.shape[1:], generator=generator).to(points.device)
+    factors = torch.randint(-(2**63), 2**63 - 1, points.shape[1:], generator=generator, device=generator.device).to(
+        points.device
+    )
     if len(torch.unique(((points + 0.0).view(torch.int32) * factors).sum(dim=1))) > k:  # -0.0 becomes 0.0
         return None
     return distinct if len(distinct := torch.unique(points, dim=0)) <= k else None
@@ -92,14 +94,17 @@ def _seed(points: Tensor, k: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     tries = min(_TRIES, max(1, _SAMPLE * k // len(points)))
     if len(points) > _SAMPLE * k:
-        points = points[torch.randperm(len(points), generator=generator)[: _SAMPLE * k].to(points.device)]
+        shuffled = torch.randperm(len(points), generator=generator, device=generator.device)
+        points = points[shuffled[: _SAMPLE * k].to(points.device)]
     found = [_lloyd(points, _draw(points, k, generator), _SEED_ITER) for _ in range(tries)]
     return min(found, key=lambda result: result[1])[0]
 
 
 def _draw(points: Tensor, k: int, generator: torch.Generator) -> Tensor:
     """Points `[k, d]` drawn without replacement in proportion to their norm: the first of exponential arrivals."""
-    uniform = torch.rand(len(points), generator=generator, dtype=torch.float32).to(points.device)
+    uniform = torch.rand(len(points), generator=generator, dtype=torch.float32, device=generator.device).to(
+        points.device
+    )
     return points[(-uniform.log() / points.norm(dim=1)).topk(k, largest=False).indices]
 
 

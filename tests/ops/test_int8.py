@@ -194,7 +194,3 @@ def test_errors():
         prepare_int8(torch.zeros(4, 8, dtype=torch.uint8), torch.ones(4, 4), None)
     with pytest.raises(ValueError, match="overflow"):
         prepare_int8(torch.zeros(1, 131_072, dtype=torch.uint8), torch.ones(1), None)
-
-
-def test_a_device_without_integer_products():
-    assert int8_backend("meta") is None
