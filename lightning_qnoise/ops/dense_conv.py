@@ -3,16 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-# Measured on one AVX-512 core of an AMD EPYC, with 3x3 kernels.
-_LEAST_PACKED = 2**15  # elements of a weight that pays to be packed: oneDNN's operator takes 20 us to start,
-_LEAST_PACKED_ALONE = 10**5  # and of one for a single image, where channels-last is the alternative
-_LEAST_REUSE = 4  # and its elements for each that is read or written
-_MOST_POSITIONS, _LEAST_CHANNELS = 64, 16  # of a single image that prefers a channels-last weight
 
 
 class DenseKernel(NamedTuple):
@@ -25,32 +19,6 @@ class DenseKernel(NamedTuple):
 
     weight: Tensor
     sizes: torch.Size
-
-
-def dense_layout(
-    sizes: torch.Size, shape: torch.Size, stride: Sequence[int]
-) -> Literal["packed", "channels-last", "contiguous"]:
-    """Return the layout of a weight with which float32 images are convolved the fastest.
-
-    A packed weight takes 0.3 to 0.9 of the time, a channels-last one 0.3 to 0.9.
-
-    Args:
-        sizes: Of the images, `(n, channels, height, width)`.
-        shape: Of the weight, `(out, channels, height, width)`.
-        stride: Down and across.
-
-    Example:
-        >>> [dense_layout(torch.Size([n, c, 4, 4]), torch.Size([c, c, 3, 3]), (1, 1)) for n, c in [(1, 64), (4, 256)]]
-        ['channels-last', 'packed']
-    """
-    n, channels, height, width = sizes
-    positions = n * height * width // (stride[0] * stride[1])
-    passes = sizes.numel() + positions * shape[0]
-    least = _LEAST_PACKED_ALONE if n == 1 else _LEAST_PACKED
-    if shape[2:].numel() > 1 and shape.numel() >= max(least, _LEAST_REUSE * passes):
-        return "packed"
-    is_few = n == 1 and positions <= _MOST_POSITIONS and channels >= _LEAST_CHANNELS
-    return "channels-last" if is_few else "contiguous"
 
 
 def prepare_dense_conv2d(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -31,3 +33,31 @@ def signed_input(
         codes.add_(offset)
     codes.clamp_(-middle, 2**bits - 1 - middle)
     return codes.to(torch.int8), codes.sum(dim=-1, keepdim=True) if with_sums else None
+
+
+def quantized_images(
+    x: Tensor, scale: Tensor, zero_point: Tensor | int, bits: int, border: Sequence[int] = (0, 0, 0, 0)
+) -> Tensor:
+    """Return the codes of images, uint8, channels last, with codes of zero around them.
+
+    Args:
+        x: Float `[n, channels, height, width]`, not empty.
+        scale: float32, `[]` for all of `x`, or one per image, `[n, 1, 1, 1]`.
+        zero_point: Whole numbers: float32 of the shape of `scale`, or one number.
+        bits: Bits per code, at most 8.
+        border: How many are put on the left, on the right, above and below.
+
+    Example:
+        >>> quantized_images(torch.tensor([[[[-1.0, 0.6]]]]), torch.tensor(1.0), 2, 8, (0, 1, 0, 0))
+        tensor([[[[1, 3, 2]]]], dtype=torch.uint8)
+    """
+    codes = signed_input(x, scale, zero_point - 128, bits)[0].view(torch.uint8)
+    if not any(border):
+        return codes.bitwise_xor_(128).contiguous(memory_format=torch.channels_last)
+    left, right, above, below = border
+    n, channels, height, width = codes.shape
+    sizes = n, channels, above + height + below, left + width + right
+    images = torch.empty(sizes, dtype=torch.uint8, device=codes.device, memory_format=torch.channels_last)
+    images.copy_(zero_point) if isinstance(zero_point, Tensor) else images.fill_(zero_point)
+    torch.bitwise_xor(codes, 128, out=images[:, :, above : above + height, left : left + width])
+    return images

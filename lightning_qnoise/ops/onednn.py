@@ -26,6 +26,14 @@ class Packed(NamedTuple):
     zero_point: Tensor
 
 
+class Geometry(NamedTuple):
+    """Of a convolution, each down and across; what it pads with is code 0."""
+
+    stride: Sequence[int]
+    padding: Sequence[int]
+    dilation: Sequence[int]
+
+
 def pack_linear(codes: Tensor) -> Packed:
     """Lay out an int8 matrix `[out, in]`."""
     return Packed(torch.ops.onednn.qlinear_prepack(codes, None), *_neutral(codes))
@@ -38,17 +46,22 @@ def linear(x: Tensor, matrix: Packed, factor: Tensor | None = None, bias: Tensor
     return torch.ops.onednn.qlinear_pointwise.default(bytes_, 1.0, 128, *weight, bias, *_OPTIONS)
 
 
-def pack_conv2d(codes: Tensor, sizes: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> Packed:
-    """Lay out int8 kernels `[out, channels, height, width]` for images of these sizes, which must match."""
+def pack_conv2d(codes: Tensor, sizes: Sequence[int], geometry: Geometry) -> Packed:
+    """Lay out int8 kernels `[out, channels, height, width]`, for these sizes of images and this geometry only.
+
+    For others every call would reorder them, which takes many times as long as the convolution.
+    """
     scale, zero_point = _neutral(codes)
-    geometry = list(stride), [0, 0], list(dilation), 1
-    return Packed(torch.ops.onednn.qconv_prepack(codes, scale, 1.0, 0, *geometry, list(sizes)), scale, zero_point)
+    weight = torch.ops.onednn.qconv_prepack(codes, scale, 1.0, 0, *_lists(geometry), list(sizes))
+    return Packed(weight, scale, zero_point)
 
 
-def conv2d(images: Tensor, kernels: Packed, stride: Sequence[int], dilation: Sequence[int]) -> Tensor:
-    """Convolve images, uint8 `[n, channels, height, width]`, channels last; float32, channels last."""
-    geometry = list(stride), [0, 0], list(dilation), 1
-    return _qconv()(images, 1.0, 0, *kernels, None, *geometry, *_OPTIONS)
+def conv2d(
+    images: Tensor, kernels: Packed, geometry: Geometry, factor: Tensor | None = None, bias: Tensor | None = None
+) -> Tensor:
+    """Convolve images, uint8 `[n, channels, height, width]`, channels last; float32, channels last, as in `linear`."""
+    weight = kernels if factor is None else kernels._replace(scale=factor)
+    return _qconv()(images, 1.0, 0, *weight, bias, *_lists(geometry), *_OPTIONS)
 
 
 def is_exact() -> bool:
@@ -57,8 +70,9 @@ def is_exact() -> bool:
     images = torch.full((32, 64, 1, 1), 255, dtype=torch.uint8, device="cpu")
     try:
         product = linear(codes.clone(), pack_linear(codes))
-        kernels = pack_conv2d(codes[:, :, None, None], images.shape, (1, 1), (1, 1))
-        convolved = conv2d(images.contiguous(memory_format=torch.channels_last), kernels, (1, 1), (1, 1))
+        geometry = Geometry((1, 1), (0, 0), (1, 1))
+        kernels = pack_conv2d(codes[:, :, None, None], images.shape, geometry)
+        convolved = conv2d(images.contiguous(memory_format=torch.channels_last), kernels, geometry)
     except (AttributeError, RuntimeError):  # torch without oneDNN
         return False
     return bool((product == 64 * 127**2).all() and (convolved == 64 * 127 * 255).all())
@@ -68,6 +82,11 @@ def _neutral(codes: Tensor) -> tuple[Tensor, Tensor]:
     """A scale and a zero point that change nothing."""
     ones = torch.ones(len(codes), device=codes.device)
     return ones, torch.zeros_like(ones, dtype=torch.int32)
+
+
+def _lists(geometry: Geometry) -> tuple[Any, ...]:
+    """As the operators take it, with the number of groups."""
+    return list(geometry.stride), list(geometry.padding), list(geometry.dilation), 1
 
 
 def _qconv() -> Any:

@@ -41,8 +41,8 @@ def dynamic_grid(x: Tensor, activation: Int, weight_shape: Sequence[int]) -> tup
         weight_shape: The shape of the layer's weight.
 
     Returns:
-        Scale and zero point, float32, which broadcast to `x`; the zero point is a number where it is fixed, or where
-        the whole of `x` has one and lies in the memory of the host.
+        Scale and zero point, float32, which broadcast to `x`; the zero point is a number where it is fixed, and in the
+        memory of the host where the whole of `x` has one, or where no input is negative.
     """
     n_own = min(max(1, len(weight_shape) - 1), x.ndim) if activation.per_token else x.ndim
     shared = x.shape[: x.ndim - n_own]
@@ -55,6 +55,8 @@ def dynamic_grid(x: Tensor, activation: Int, weight_shape: Sequence[int]) -> tup
     zero_point: Tensor | int
     if activation.symmetric:
         scale, zero_point = affine_grid(low, high, activation.bits, True)[0], 2 ** (activation.bits - 1)
+    elif _is_at_hand(x) and not low.any():
+        scale, zero_point = high.div_(2**activation.bits - 1).clamp_(min=torch.finfo(torch.float32).tiny), 0
     else:  # the same in half the passes, which count where every input has them
         scale = (high - low).div_(2**activation.bits - 1).clamp_(min=torch.finfo(torch.float32).tiny)
         zero_point = low.div_(scale).round_().neg_()

@@ -2,59 +2,103 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from lightning_qnoise.ops import DenseKernel, dense_conv2d, dense_layout, prepare_dense_conv2d
+from lightning_qnoise.ops import (
+    DenseKernel,
+    Int8Kernel,
+    dense_conv2d,
+    dense_layout,
+    pixelwise_conv2d,
+    prepare_dense_conv2d,
+    unfolded_conv2d,
+)
 from lightning_qnoise.schemes.packed import PackedWeight, is_recorded
+from lightning_qnoise.schemes.ranges import round_trip
 
 _MOST_ROUTES = 64  # that are remembered
+Grid = tuple[Tensor, Tensor | int]
+
+
+class Route(NamedTuple):
+    """How inputs of one shape are convolved.
+
+    Attributes:
+        convolve: Takes an input, the bias, and the grid of the input, None where that is not quantized.
+        kernel: What was packed for images of this size.
+    """
+
+    convolve: Callable[[Tensor, Tensor | None, Grid | None], Tensor]
+    kernel: DenseKernel | Int8Kernel | None = None
 
 
 class FastConvolutions(PackedWeight):
     """A packed weight that finds the way to convolve inputs of a shape once, as every step shows in a small layer.
 
-    A route is a layout of the decoded weight, or a kernel; there are kernels for one size of images at a time.
+    There are kernels for one size of images at a time.
     """
 
     def conv2d(self, x: Tensor, layer: nn.Conv2d) -> Tensor:
         """Convolve on the fastest route for inputs of this shape; on torch's own where that is recorded."""
-        if self.observer is not None or is_recorded() or torch.is_autocast_enabled("cpu"):
+        if self.observer is not None or is_recorded() or not x.numel() or torch.is_autocast_enabled("cpu"):
             return super().conv2d(x, layer)
+        grid = None if self.scheme.activation is None else self.input_grid(x)
         if self.is_trained:  # an optimizer may move it before the next forward
-            return self.convolve(x, layer, self.route_of(x, layer))
-        key = x.shape, layer.stride, layer.padding, layer.dilation
-        route = self._made.get(key)
+            route = self.route_of(x, layer, grid)
+        else:
+            is_unsigned = grid is not None and isinstance(grid[1], int) and not grid[1]
+            key = x.shape, layer.stride, layer.padding, layer.dilation, is_unsigned
+            if key not in self._made:
+                if len(self._made) > _MOST_ROUTES:
+                    self.forget()
+                self._made[key] = self.route_of(x, layer, grid)
+            route = self._made[key]
         if route is None:
-            if len(self._made) > _MOST_ROUTES:
-                self.forget()
-            route = self._made[key] = self.route_of(x, layer)
-        return self.convolve(x, layer, route)
+            return layer._conv_forward(_quantized(x, grid, self._bits), self.read(), layer.bias)
+        return route.convolve(x, layer.bias, grid)
 
-    def route_of(self, x: Tensor, layer: nn.Conv2d) -> Any:
-        """Return the route of an input without gradients: a packed float weight, or a layout."""
-        if self.memory == "lean" or not x.is_cpu or not x.numel():
-            return torch.contiguous_format
-        layout = dense_layout(x.shape, self.shape, layer.stride)
-        is_float = x.dtype == self.dtype == torch.float32 and torch.backends.mkldnn.is_available()
-        if layout == "packed" and is_float and not isinstance(layer.padding, str):
-            self.drop_kernels(x.shape)
-            return prepare_dense_conv2d(self.decode(), x.shape, layer.stride, layer.padding, layer.dilation)
-        return torch.channels_last if layout == "channels-last" else torch.contiguous_format
-
-    def convolve(self, x: Tensor, layer: nn.Conv2d, route: Any) -> Tensor:
-        """Convolve on a route of `route_of`."""
+    def route_of(self, x: Tensor, layer: nn.Conv2d, grid: Grid | None) -> Route | None:
+        """Return the route of an input without gradients; None decodes anew for every input."""
         geometry: Any = layer.stride, layer.padding, layer.dilation
-        x = self.quantize_input(x)
-        if isinstance(route, DenseKernel):
-            return dense_conv2d(x, route, layer.bias, *geometry)
-        y = nn.functional.conv2d(x, self.read(route), layer.bias, *geometry)
-        return y.contiguous() if route is torch.channels_last and x.is_contiguous() else y
+        if self.memory == "lean":
+            return None
+        layout = "contiguous"
+        if x.is_cpu and x.dtype == self.dtype == torch.float32 and not isinstance(layer.padding, str):
+            layout = dense_layout(x.shape, self.shape, *geometry)
+        if layout == "packed":
+            self.drop_kernels(x.shape)
+            kernel = prepare_dense_conv2d(self.decode(), x.shape, *geometry)
+            return self._route(dense_conv2d, kernel, geometry)
+        weight = self.read(torch.channels_last if layout == "channels-last" else torch.contiguous_format)
+        if layout == "contiguous":
+            return self._route(nn.functional.conv2d, weight, geometry)
+        if layout == "pixelwise":
+            return self._route(pixelwise_conv2d, weight, geometry[:1])
+        return self._route(unfolded_conv2d, weight, geometry[:2])
 
     def drop_kernels(self, sizes: torch.Size) -> None:
         """Let go of kernels for images of other sizes."""
-        for key, kernel in list(self._made.items()):
-            if getattr(kernel, "sizes", sizes) != sizes:
+        for key, route in list(self._made.items()):
+            if isinstance(route, Route) and route.kernel is not None and route.kernel.sizes != sizes:
                 del self._made[key]
+
+    @property
+    def _bits(self) -> int:
+        return 0 if self.scheme.activation is None else self.scheme.activation.bits
+
+    def _route(self, convolve: Callable[..., Tensor], weight: Tensor | DenseKernel, geometry: tuple[Any, ...]) -> Route:
+        """The route that quantizes an input and convolves it with a weight in floats."""
+        bits = self._bits  # and not self, which would keep the packed weight alive
+
+        def run(x: Tensor, bias: Tensor | None, grid: Grid | None) -> Tensor:
+            return convolve(_quantized(x, grid, bits), weight, bias, *geometry)
+
+        return Route(run, weight if isinstance(weight, DenseKernel) else None)
+
+
+def _quantized(x: Tensor, grid: Grid | None, bits: int) -> Tensor:
+    return x if grid is None else round_trip(x, *grid, bits)

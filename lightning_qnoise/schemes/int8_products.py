@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor, nn
 
 from lightning_qnoise.ops import (
-    Int8Kernel,
     int8_backend,
     int8_conv2d,
     int8_linear,
@@ -15,13 +12,14 @@ from lightning_qnoise.ops import (
     prepare_int8,
     prepare_int8_conv2d,
 )
-from lightning_qnoise.schemes.fast_conv import FastConvolutions
+from lightning_qnoise.schemes.fast_conv import FastConvolutions, Grid, Route
 from lightning_qnoise.schemes.packed import is_recorded
 
 # Where integers are faster, with VNNI (`benchmarks/int8_speed.py`).
 _LEAST = 2**14  # elements of a Linear that would be decoded,
 _LEAST_PRODUCTS_DENSE = 2**21  # multiplications of one whose floats are kept,
-_LEAST_REUSE = {2**25: 64, 3 * 2**22: 150, 2**22: 500}  # of a convolution, and for each number that is read or written
+_LEAST_PRODUCTS = 2**21  # of a convolution, with _LEAST_REUSE of them or more for each number it reads or writes;
+_LEAST_REUSE = 36  # twice as many where the weight has zero points, and again where images get a border of theirs
 
 
 class Int8Products(FastConvolutions):
@@ -61,19 +59,22 @@ class Int8Products(FastConvolutions):
         """Return the same where it is not possible."""
         return super().linear(x, bias)
 
-    def route_of(self, x: Tensor, layer: nn.Conv2d) -> Any:
-        """Return the kernels for integers, of one size of images at a time, where these are possible and faster."""
-        if not (self._runs_in_integers(x) and self._pays(x, layer)):
-            return super().route_of(x, layer)
+    def route_of(self, x: Tensor, layer: nn.Conv2d, grid: Grid | None) -> Route | None:
+        """Return a route in integers, where these are possible and faster."""
+        if grid is None or not self._runs_in_integers(x) or int8_backend(x.device.type) != "onednn":
+            return super().route_of(x, layer, grid)
+        form, padding, bits = self.integers(), layer._reversed_padding_repeated_twice, self._bits
+        is_unsigned = isinstance(grid[1], int) and not grid[1]
+        if not self._pays(x, layer, int(form[2] is not None) + int(any(padding) and not is_unsigned)):
+            return super().route_of(x, layer, grid)
         self.drop_kernels(x.shape)
-        padding = layer._reversed_padding_repeated_twice
-        return prepare_int8_conv2d(*self.integers(), x.shape, layer.stride, padding, layer.dilation)
+        kernel = prepare_int8_conv2d(*form, x.shape, layer.stride, padding, layer.dilation, is_unsigned)
 
-    def convolve(self, x: Tensor, layer: nn.Conv2d, route: Any) -> Tensor:
-        """Convolve, in integers where that is possible and faster."""
-        if not isinstance(route, Int8Kernel):
-            return super().convolve(x, layer, route)
-        return int8_conv2d(x, route, layer.bias, *self._input(x))
+        def run(x: Tensor, bias: Tensor | None, grid: Grid | None) -> Tensor:
+            assert grid is not None
+            return int8_conv2d(x, kernel, bias, *grid, bits)
+
+        return Route(run, kernel)
 
     def _input(self, x: Tensor) -> tuple[Tensor, Tensor | int, int]:
         activation = self.scheme.activation
@@ -85,13 +86,11 @@ class Int8Products(FastConvolutions):
             return x.numel() * self.shape[0] < _LEAST_PRODUCTS_DENSE
         return self.shape.numel() < _LEAST
 
-    def _pays(self, x: Tensor, layer: nn.Conv2d) -> bool:
+    def _pays(self, x: Tensor, layer: nn.Conv2d, n_passes: int) -> bool:
         stride = layer.stride[0] * layer.stride[1]
         products = x.numel() // (self.shape[1] * stride) * self.shape.numel()
-        passes = self.shape[1] * stride + self.shape[0]
-        reuse = self.shape.numel() / passes
-        is_large = any(products >= least and reuse >= least_reuse for least, least_reuse in _LEAST_REUSE.items())
-        return is_large and int8_backend(x.device.type) == "onednn"
+        numbers = self.shape[1] * stride + self.shape[0]
+        return products * (1 - _LEAST_REUSE * numbers / self.shape.numel()) >= _LEAST_PRODUCTS * 2**n_passes
 
     def _runs_in_integers(self, x: Tensor) -> bool:
         if self.scheme.activation is None or self.observer is not None or not x.numel() or is_recorded():

@@ -1,7 +1,9 @@
 """A packed Conv2d: in integers where its input is quantized, with its channels last where its images are few."""
 
 import copy
+import gc
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -37,7 +39,7 @@ def layer(scheme, *args, kind=nn.Conv2d, **kwargs):
 
 
 def kernels(packed):
-    return [value for value in packed._made.values() if isinstance(value, Int8Kernel)]
+    return [value.kernel for value in packed._made.values() if isinstance(getattr(value, "kernel", None), Int8Kernel)]
 
 
 def runs_in_integers(packed):
@@ -46,7 +48,7 @@ def runs_in_integers(packed):
 
 @pytest.fixture
 def _small_pays(monkeypatch):
-    monkeypatch.setattr(int8_products, "_LEAST_REUSE", {0: 0})
+    monkeypatch.setattr(int8_products, "_LEAST_PRODUCTS", -1e9)
 
 
 @integers
@@ -189,7 +191,8 @@ def test_few_positions_of_several_images_read_a_packed_weight(scheme):
     packed = fast[0].packed("weight")
 
     def packed_for():
-        return {value.sizes for value in packed._made.values() if isinstance(value, DenseKernel)}
+        kernels = [getattr(value, "kernel", None) for value in packed._made.values()]
+        return {kernel.sizes for kernel in kernels if isinstance(kernel, DenseKernel)}
 
     for shape in [(8, 64, 2, 2), (5, 64, 2, 3), (8, 64, 2, 2)]:
         x = torch.randn(shape)
@@ -216,3 +219,52 @@ def test_few_positions_read_the_weight_with_its_channels_last(scheme):
         assert y.is_contiguous() and sum(isinstance(key, torch.memory_format) for key in packed._made) == kept
     x = torch.randn(1, 32, 8, 8).contiguous(memory_format=torch.channels_last)
     assert fast(x).is_contiguous(memory_format=torch.channels_last)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [
+        ((1, 32, 3), {"padding": 1, "bias": False}),  # unfolded
+        ((33, 48, 1), {"stride": 2}),  # pixelwise
+        ((32, 24, 3), {"padding": 1, "stride": 2}),  # channels-last
+        ((64, 64, 3), {"padding": 1, "bias": False}),  # packed, or in integers
+    ],
+    ids=str,
+)
+def test_every_route_returns_what_torch_does(shape, options, name):
+    model = layer(SCHEMES[name], *shape, **options)
+    fast, packed = set_memory(copy.deepcopy(model), "fast"), model[0].packed("weight")
+    for n in (1, 2, 5, 16, 2):
+        images = torch.randn(n, shape[0], 8, 8)
+        for x in (images, images.relu(), images.contiguous(memory_format=torch.channels_last)):
+            expected = model[0]._conv_forward(packed.quantize_input(x), packed.decode(), model[0].bias)
+            torch.testing.assert_close(fast(x), expected, rtol=1e-4, atol=1e-5)
+
+
+@integers
+@pytest.mark.usefixtures("_small_pays")
+@torch.no_grad()
+def test_a_kernel_for_inputs_without_negative_ones_is_not_used_for_others():
+    model, images = layer(SCHEMES["dynamic"], 8, 6, 3, padding=1), torch.randn(4, 8, 6, 6)
+    packed = model[0].packed("weight")
+    for x in (images.relu(), images, images.relu()):
+        expected = F.conv2d(packed.quantize_input(x), packed.decode(), model[0].bias, padding=1)
+        torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+    assert [any(kernel.border) for kernel in kernels(packed)] == [False, True]
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+@torch.no_grad()
+def test_routes_do_not_keep_a_packed_weight_alive(name):
+    model = set_memory(layer(SCHEMES[name], 64, 64, 3, padding=1), "fast")
+    for n in (1, 8):
+        model(torch.randn(n, 64, 8, 8))
+    packed = weakref.ref(model[0].packed("weight"))
+    gc.disable()
+    try:
+        del model
+        assert packed() is None
+    finally:
+        gc.enable()

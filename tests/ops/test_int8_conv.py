@@ -27,10 +27,20 @@ def make_grid(x, per, bits=8):
 
 
 def check(
-    x, kernel, bias, grid, stride=(1, 1), padding=(0, 0, 0, 0), dilation=(1, 1), x_bits=8, bits=8, tolerance=2e-7
+    x,
+    kernel,
+    bias,
+    grid,
+    stride=(1, 1),
+    padding=(0, 0, 0, 0),
+    dilation=(1, 1),
+    x_bits=8,
+    bits=8,
+    tolerance=2e-7,
+    is_unsigned=False,
 ):
     codes, scale, zero_point = kernel
-    prepared = prepare_int8_conv2d(codes, scale, zero_point, bits, x.shape, stride, padding, dilation)
+    prepared = prepare_int8_conv2d(codes, scale, zero_point, bits, x.shape, stride, padding, dilation, is_unsigned)
     actual = int8_conv2d(x, prepared, bias, *grid, x_bits)
     x_codes = ((x.float() / grid[0]).round() + grid[1]).clamp(0, 2**x_bits - 1)
     values = F.pad((x_codes.double() - grid[1]) * grid[0].double(), padding)
@@ -62,6 +72,17 @@ def test_it_is_the_convolution_of_the_quantized_values(shape, kernel, geometry, 
     x = torch.randn(shape) * 3 + 1
     check(x, make_kernel(kernel, symmetric), torch.randn(kernel[0]), make_grid(x, per), **geometry)
     check(x, make_kernel(kernel, symmetric), None, make_grid(x, per), **geometry)
+
+
+@each_symmetric
+@each_grid
+@pytest.mark.parametrize("bias", [None, torch.randn(6)], ids=["no bias", "bias"])
+@pytest.mark.parametrize("padding", [(1, 1, 1, 1), (2, 2, 0, 0), (0, 1, 2, 1), (0, 0, 0, 0)], ids=str)
+def test_inputs_without_a_negative_one_need_no_border(padding, bias, per, symmetric):
+    x, kernel = torch.randn(3, 5, 7, 8).relu(), make_kernel((6, 5, 3, 2), symmetric)
+    scale = make_grid(x, per)[0]
+    for is_unsigned in (False, True):
+        check(x, kernel, bias, (scale, 0), (2, 1), padding, is_unsigned=is_unsigned)
 
 
 @each_symmetric
@@ -133,10 +154,13 @@ def test_what_does_not_fit_is_refused():
     kernel, grid = make_kernel((5, 4, 3, 3)), (torch.tensor(0.1), 3)
     with pytest.raises(ValueError, match=r"the kernel reaches over \[3, 3\], more than the padded input \[2, 6\]"):
         prepare_int8_conv2d(*kernel, 8, torch.Size([1, 4, 2, 6]))
-    with pytest.raises(ValueError, match=r"kernels of 4 channels cannot read images \[1, 3, 6, 6\]"):
+    with pytest.raises(ValueError, match="kernels of 4 channels cannot read images of 3"):
         prepare_int8_conv2d(*kernel, 8, torch.Size([1, 3, 6, 6]))
     with pytest.raises(ValueError, match="one scale per row, got 20 scales for 5 rows"):
         prepare_int8_conv2d(kernel[0], torch.ones(5, 4), None, 8, torch.Size([1, 4, 6, 6]))
     prepared = prepare_int8_conv2d(*kernel, 8, torch.Size([1, 4, 6, 6]))
     with pytest.raises(ValueError, match=r"packed for images \[1, 4, 6, 6\], got \[2, 4, 6, 6\]"):
         int8_conv2d(torch.randn(2, 4, 6, 6), prepared, None, *grid)
+    prepared = prepare_int8_conv2d(*kernel, 8, torch.Size([1, 4, 6, 6]), padding=(1, 1, 1, 1), is_unsigned=True)
+    with pytest.raises(ValueError, match="packed for images with zero point 0, got 3"):
+        int8_conv2d(torch.randn(1, 4, 6, 6), prepared, None, *grid)

@@ -105,6 +105,20 @@ def test_every_sample_of_a_convolution_is_quantized_alone(bits, symmetric, make,
 
 
 @each_bits
+@pytest.mark.parametrize("weight", [(7, 13), (4, 3, 3, 3)], ids=str)
+def test_inputs_without_a_negative_one_share_the_zero_point(bits, weight):
+    x, activation = torch.randn(2, 3, 6, 13).relu(), Int(bits)
+    x[1] = 0
+    zero_point = dynamic_grid(x, activation, weight)[1]
+    assert isinstance(zero_point, int) and zero_point == 0
+    packed, n_own = Int(8, activation=activation).encode(torch.randn(weight)), len(weight) - 1
+    expected = each_alone(x, n_own, bits, False)
+    torch.testing.assert_close(packed.quantize_input(x), expected, rtol=1e-6, atol=0)
+    x[0, 0, 0, 0] = -1e-3
+    assert isinstance(dynamic_grid(x, activation, weight)[1], torch.Tensor)
+
+
+@each_bits
 @each_symmetric
 @pytest.mark.parametrize("weight", [(7, 13), (4, 3, 3), (4, 3, 3, 3)], ids=str)
 def test_per_tensor_all_elements_share_one_range(bits, symmetric, weight):

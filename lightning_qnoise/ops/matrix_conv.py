@@ -1,0 +1,51 @@
+"""Small convolutions in floats on a CPU as products of matrices, which start sooner than oneDNN's kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_LEAST_PIXELS = 16  # of an image that is multiplied as it is
+
+
+def unfolded_conv2d(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int]
+) -> Tensor:
+    """Return what `F.conv2d` does, as a product of the weight and the patches of every image, without a gradient.
+
+    Example:
+        >>> x, weight = torch.randn(2, 1, 8, 8), torch.randn(16, 1, 3, 3)
+        >>> with torch.no_grad():
+        ...     y = unfolded_conv2d(x, weight, None, (1, 1), (1, 1))
+        >>> torch.allclose(y, F.conv2d(x, weight, padding=1), atol=1e-5)
+        True
+    """
+    if len(x) == 1:  # torch does the same there, and sooner
+        y = F.conv2d(x, weight, bias, stride, padding)
+    else:
+        y = torch.ops.aten.thnn_conv2d.default(x, weight, weight.shape[2:], bias, stride, padding)
+    return y.contiguous() if x.is_contiguous() else y  # it comes with the channels last where the weight does
+
+
+def pixelwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int]) -> Tensor:
+    """Return what `F.conv2d` does with kernels of one pixel, `[out, channels, 1, 1]`, as a product of matrices.
+
+    Example:
+        >>> x, weight = torch.randn(4, 8, 6, 6), torch.randn(16, 8, 1, 1)
+        >>> y = pixelwise_conv2d(x, weight, None, (2, 2))
+        >>> torch.allclose(y, F.conv2d(x, weight, stride=2), atol=1e-5)
+        True
+    """
+    x = x[:, :, :: stride[0], :: stride[1]]
+    n, channels, height, width = x.shape
+    matrix = weight.view(len(weight), channels)
+    if x.stride(1) == 1 or height * width < _LEAST_PIXELS:
+        rows = x.permute(0, 2, 3, 1).reshape(-1, channels)
+        y = F.linear(rows, matrix, bias).view(n, height, width, -1).permute(0, 3, 1, 2)
+        return y if x.stride(1) == 1 else y.contiguous()
+    columns, matrices = x.reshape(n, channels, -1), matrix.expand(n, -1, -1)
+    y = torch.bmm(matrices, columns) if bias is None else torch.baddbmm(bias[:, None], matrices, columns)
+    return y.view(n, -1, height, width)
