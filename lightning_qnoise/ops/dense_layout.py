@@ -10,7 +10,7 @@ import torch
 # Measured on one AVX-512 core of an AMD EPYC. What does not start a kernel of oneDNN's saves 30 to 40 us.
 _LEAST_PACKED = 2**14  # elements of a weight that pays to be packed,
 _LEAST_PACKED_FEW = 10**5  # and of one for few images, where channels-last is the alternative
-_LEAST_REUSE = 1  # and its elements for each that is read or written
+_LEAST_REUSE = 2  # and its elements for each that is read or written
 _FEW, _MOST_POSITIONS, _LEAST_CHANNELS = 2, 64, 16  # images, of so many positions, that prefer a channels-last weight
 _MOST_PIXELWISE = 2**14  # elements of a weight that is multiplied by every pixel
 _LARGEST_PATCH, _MOST_UNFOLDED = 64, 2**16  # numbers under a kernel, and in all patches and outputs, that are unfolded

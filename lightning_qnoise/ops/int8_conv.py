@@ -58,14 +58,16 @@ def _whole(x: Tensor, images: Tensor, kernel: Int8Kernel, scale: Tensor, shift: 
     y = onednn.conv2d(images, kernel.matrix, kernel.geometry, kernel.scale * scale, shift)
     if kernel.zeros is None:
         return y.to(x.dtype, memory_format=_layout(x))
-    return torch.addcmul(y[:, :-1], y[:, -1:], kernel.zeros, value=-1, out=_blank(x, y[:, :-1]))
+    sums, windows = y.split((len(kernel.sums), 1), dim=1)
+    return torch.addcmul(sums, windows, kernel.zeros, value=-1, out=_blank(x, sums))
 
 
 def _scaled(x: Tensor, images: Tensor, kernel: Int8Kernel, scale: Tensor, shift: Tensor | None) -> Tensor:
     """Convolve images of a scale for each; `shift` is `[out]` or `[n, out]`."""
     y = onednn.conv2d(images, kernel.matrix, kernel.geometry, kernel.scale)
     if kernel.zeros is not None:
-        y = torch.addcmul(y[:, :-1], y[:, -1:], kernel.zeros, value=-1)
+        sums, windows = y.split((len(kernel.sums), 1), dim=1)
+        y = torch.addcmul(sums, windows, kernel.zeros, value=-1)
     if shift is None:
         return torch.mul(y, scale, out=_blank(x, y))
     return torch.addcmul(shift[..., None, None], y, scale, out=_blank(x, y))
