@@ -1,7 +1,9 @@
 """What integer execution gains: the time of a model in float32 over that of the model packed as int8.
 
 Large Linear layers and convolutions with quantized inputs run in integers, small ones and attention's own projections
-in floats (`set_memory(model, "fast")`).
+in floats (`set_memory(model, "fast")`). Of the "folded" convnet, torch.fx folds every BatchNorm into a convolution
+before it is packed; the float32 model that it is compared with keeps them, and the row "float32 folded" is that of the
+folded one in floats.
 
 `python benchmarks/int8_speed.py` prints a row per model, batch and route and writes `results/int8_speed.csv` here.
 Everything runs on one thread, and its processor time is counted: the models take turns, each with a few calls in a
@@ -22,6 +24,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.optimization import fuse
 
 from lightning_qnoise import Int, quantize, set_memory
 from lightning_qnoise.demos import DigitsClassifier, TransformerLM
@@ -33,6 +36,7 @@ ROUTES = {
     "dynamic per tensor": Int(8, per="tensor"),
     "static": Int(8, mode="static"),
 }
+FOLDED = "float32 folded"
 PRESET = "ipq+int8"  # packed in one shot: product quantization with int8 codewords, dynamic per token
 
 
@@ -55,6 +59,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Tensor]]] = {
     "text task": (text_model, lambda n: torch.randint(0, 1024, (n, 64))),
     "shipped LM": (TransformerLM, lambda n: torch.randint(0, 1024, (n, 64))),
     "shipped convnet": (DigitsClassifier, lambda n: torch.randn(n, 1, 8, 8)),
+    "folded convnet": (DigitsClassifier, lambda n: torch.randn(n, 1, 8, 8)),
     "Linear 4096": (lambda: nn.Sequential(nn.Linear(4096, 4096)), lambda n: torch.randn(n, 4096)),
     "wide convnet": (lambda: DigitsClassifier(width=64), lambda n: torch.randn(n, 1, 32, 32)),
 }
@@ -80,8 +85,12 @@ def measure(name: str, batch: int, turns: int) -> list[dict[str, object]]:
     torch.manual_seed(0)
     build, inputs = MODELS[name]
     model, x = build().eval(), inputs(batch)
+    plain = fuse(model) if name.startswith("folded") else model
     keys = [(route, symmetric) for route in ROUTES for symmetric in (False, True)] + [(PRESET, False)]
-    models = {("float32", False): model} | {key: packed(model, *key, x) for key in keys}
+    models = {("float32", False): model} | {key: packed(plain, *key, x) for key in keys}
+    if plain is not model:
+        models[FOLDED, False] = plain
+        keys.append((FOLDED, False))
     ms = in_turns(models, x, turns)
     reference = ms[("float32", False)]
     return [
@@ -89,7 +98,7 @@ def measure(name: str, batch: int, turns: int) -> list[dict[str, object]]:
             "model": name,
             "batch": batch,
             "route": route,
-            "weight": "symmetric" if symmetric else "asymmetric",
+            "weight": "float32" if route == FOLDED else "symmetric" if symmetric else "asymmetric",
             "ms": round(ms[route, symmetric], 3),
             "fp32_ms": round(reference, 3),
             "ratio": round(reference / ms[route, symmetric], 2),

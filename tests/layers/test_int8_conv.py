@@ -9,9 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.fx.experimental.optimization import fuse
 
-from lightning_qnoise import PQ, Int, quantize, set_memory, train_codebooks
+from lightning_qnoise import PQ, Int, load, quantize, save, set_memory, train_codebooks
 from lightning_qnoise.calibrate import calibrate
+from lightning_qnoise.demos import DigitsClassifier
 from lightning_qnoise.ops import DenseKernel, Int8Kernel, int8_backend
 from lightning_qnoise.schemes import int8_products
 
@@ -268,3 +270,23 @@ def test_routes_do_not_keep_a_packed_weight_alive(name):
         assert packed() is None
     finally:
         gc.enable()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("memory", ["lean", "fast"])
+def test_a_network_whose_norms_torch_has_folded(memory, tmp_path):
+    """Symmetric scales of a channel take the factor of its norm and leave the codes as they are."""
+    torch.manual_seed(0)
+    plain, x = DigitsClassifier(width=8).eval(), torch.randn(16, 1, 8, 8)
+    for norm in (module for module in plain.modules() if isinstance(module, nn.BatchNorm2d)):
+        for values, low, high in [(norm.weight, 0.5, 2), (norm.running_var, 0.5, 2), (norm.bias, -0.3, 0.3)]:
+            values.uniform_(low, high)
+    scheme = Int(8, symmetric=True, activation=Int(8, mode="static"))
+    folded = quantize(fuse(plain), scheme, [x])
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
+    save(folded, tmp_path / "folded.safetensors")
+    found = set_memory(folded, memory)(x)
+    expected, error = quantize(copy.deepcopy(plain), scheme, [x])(x), (found - plain(x)).norm() / plain(x).norm()
+    assert (found - expected).norm() < 0.005 * expected.norm() and error < 0.03
+    loaded = set_memory(load(fuse(plain), tmp_path / "folded.safetensors"), memory)
+    assert torch.equal(loaded(x), found)
