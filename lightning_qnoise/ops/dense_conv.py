@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_qnoise.ops.dense_layout import output_layout
+
 
 class DenseKernel(NamedTuple):
     """A float weight in oneDNN's own layout, for images of one size.
@@ -53,4 +55,4 @@ def dense_conv2d(
         raise ValueError(f"the kernel is packed for images {list(kernel.sizes)}, got {list(x.shape)}")
     geometry = list(padding), list(stride), list(dilation), 1
     y = torch.ops.mkldnn._convolution_pointwise(x, kernel.weight, bias, *geometry, "none", [], "")
-    return y.contiguous() if x.is_contiguous() else y  # it comes with the channels last
+    return y.contiguous(memory_format=output_layout(x))  # it comes with the channels last

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 # Measured on one AVX-512 core of an AMD EPYC. What does not start a kernel of oneDNN's saves 30 to 40 us.
 _LEAST_PACKED = 2**14  # elements of a weight that pays to be packed,
@@ -41,9 +42,12 @@ def dense_layout(
         >>> [dense_layout(torch.Size([n, c, 4, 4]), torch.Size([c, c, 3, 3])) for n, c in [(1, 64), (4, 256)]]
         ['channels-last', 'packed']
     """
-    n, channels, height, width = sizes
-    step, patch = stride[0] * stride[1], shape[1:].numel()
-    positions = n * height * width // step
+    n, channels, step, patch = sizes[0], sizes[1], stride[0] * stride[1], shape[1:].numel()
+    reach = [(k - 1) * d for k, d in zip(shape[2:], dilation, strict=True)]
+    places = [(s + 2 * p - r - 1) // t + 1 for s, p, r, t in zip(sizes[2:], padding, reach, stride, strict=True)]
+    positions = n * places[0] * places[1]
+    if min(places) < 1 or channels != shape[1]:  # an error of torch's
+        return "contiguous"
     least = max(_LEAST_PACKED if n > _FEW else _LEAST_PACKED_FEW, _LEAST_REUSE * (sizes.numel() + positions * shape[0]))
     if patch > channels and shape.numel() >= least and torch.backends.mkldnn.is_available():
         return "packed"
@@ -56,3 +60,15 @@ def dense_layout(
         return "unfolded"
     is_few = n <= _FEW and positions <= n * _MOST_POSITIONS and channels >= _LEAST_CHANNELS
     return "channels-last" if is_few else "contiguous"
+
+
+def output_layout(x: Tensor) -> torch.memory_format:
+    """Return the layout of what a convolution makes of an image: channels last where these are last.
+
+    Example:
+        >>> x = torch.randn(2, 3, 4, 4)
+        >>> output_layout(x), output_layout(x.contiguous(memory_format=torch.channels_last))
+        (torch.contiguous_format, torch.channels_last)
+    """
+    is_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return torch.channels_last if is_last else torch.contiguous_format

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_qnoise.ops import onednn
+from lightning_qnoise.ops.dense_layout import output_layout
 from lightning_qnoise.ops.int8_codes import quantized_images
 from lightning_qnoise.ops.int8_kernel import Int8Kernel
 
@@ -48,21 +49,21 @@ def int8_conv2d(
         distance = scale * -zero_point
         zero = kernel.sums * (distance.view(-1, 1) if scale.ndim else distance)
         shift = zero if shift is None else zero.add_(shift)
-    return (_scaled if scale.ndim else _whole)(x, images, kernel, scale, shift)
+    return (_scale_each if scale.ndim else _scale_all)(x, images, kernel, scale, shift)
 
 
-def _whole(x: Tensor, images: Tensor, kernel: Int8Kernel, scale: Tensor, shift: Tensor | None) -> Tensor:
+def _scale_all(x: Tensor, images: Tensor, kernel: Int8Kernel, scale: Tensor, shift: Tensor | None) -> Tensor:
     """Convolve images of one scale; `shift` is `[out]`. oneDNN scales and shifts."""
     if kernel.zeros is not None and shift is not None:
         shift = F.pad(shift, (0, 1))
     y = onednn.conv2d(images, kernel.matrix, kernel.geometry, kernel.scale * scale, shift)
     if kernel.zeros is None:
-        return y.to(x.dtype, memory_format=_layout(x))
+        return y.to(x.dtype, memory_format=output_layout(x))
     sums, windows = y.split((len(kernel.sums), 1), dim=1)
     return torch.addcmul(sums, windows, kernel.zeros, value=-1, out=_blank(x, sums))
 
 
-def _scaled(x: Tensor, images: Tensor, kernel: Int8Kernel, scale: Tensor, shift: Tensor | None) -> Tensor:
+def _scale_each(x: Tensor, images: Tensor, kernel: Int8Kernel, scale: Tensor, shift: Tensor | None) -> Tensor:
     """Convolve images of a scale for each; `shift` is `[out]` or `[n, out]`."""
     y = onednn.conv2d(images, kernel.matrix, kernel.geometry, kernel.scale)
     if kernel.zeros is not None:
@@ -73,12 +74,6 @@ def _scaled(x: Tensor, images: Tensor, kernel: Int8Kernel, scale: Tensor, shift:
     return torch.addcmul(shift[..., None, None], y, scale, out=_blank(x, y))
 
 
-def _layout(x: Tensor) -> torch.memory_format:
-    """Of the output: channels last where `x` is."""
-    is_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    return torch.channels_last if is_last else torch.contiguous_format
-
-
 def _blank(x: Tensor, like: Tensor) -> Tensor:
     """The output, empty, of the shape of `like`: the last pass over it writes dtype and layout, too."""
-    return torch.empty_like(like, dtype=x.dtype, memory_format=_layout(x))
+    return torch.empty_like(like, dtype=x.dtype, memory_format=output_layout(x))

@@ -19,7 +19,7 @@ class Int8Kernel(NamedTuple):
     Attributes:
         matrix: The codes less `2**(bits - 1)`, packed. With zero points one more kernel follows, which sums windows.
         geometry: Of the convolution; without a padding that the images bring along.
-        scale: float32, one for each kernel of the matrix.
+        scale: float32, one for each kernel of the matrix: `[out]`, or one more.
         sums: float32 `[out]`: `(code - zero_point) * scale` summed over a kernel.
         zeros: float32 `[out, 1, 1]`: `scale` times the zero points less `2**(bits - 1)`; None if these are zero.
         sizes: Of the images that it is packed for, `(n, channels, height, width)`.
@@ -35,7 +35,7 @@ class Int8Kernel(NamedTuple):
     border: Sequence[int]
 
     def takes(self, zero_point: Tensor | int) -> bool:
-        """Whether it can convolve images with this zero point."""
+        """Whether it can convolve images with this zero point: what oneDNN pads with is code 0."""
         return not any(self.geometry.padding) or (isinstance(zero_point, int) and not zero_point)
 
 

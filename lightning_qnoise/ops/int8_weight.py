@@ -88,7 +88,8 @@ def signed_codes(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return codes as int8, and scale and zero point of every row, float32 `[out]`; both less `2**(bits - 1)`.
 
-    The zero point is None where all are zero then. Raises the errors of `prepare_int8`.
+    The zero point is None where all are zero then. That of a row of nothing but zeros is made zero: large corrections
+    that cancel would leave their rounding. Raises the errors of `prepare_int8`.
     """
     n_out, n_in = len(codes), codes.shape[1:].numel()
     if n_in > _MAX_IN:
@@ -96,7 +97,10 @@ def signed_codes(
     if scale.numel() not in (1, n_out):
         raise ValueError(f"int8 execution needs one scale per row, got {scale.numel()} scales for {n_out} rows")
     middle = 2 ** (bits - 1)
-    if zero_point is not None:
-        zero_point = (zero_point.float() - middle).reshape(-1).expand(n_out).contiguous()  # strides of 0 are slow
-        zero_point = zero_point if zero_point.any() else None
-    return (codes.short() - middle).to(torch.int8), scale.float().reshape(-1).expand(n_out).contiguous(), zero_point
+    signed, scale = (codes.short() - middle).to(torch.int8), scale.float().reshape(-1).expand(n_out).contiguous()
+    if zero_point is None:
+        return signed, scale, None
+    zero_point = (zero_point.float() - middle).reshape(-1).expand(n_out).contiguous()  # strides of 0 are slow
+    is_empty = (signed.flatten(1) == zero_point[:, None]).all(dim=1)
+    signed[is_empty], zero_point[is_empty] = 0, 0
+    return signed, scale, zero_point if zero_point.any() else None

@@ -1,4 +1,4 @@
-"""Small convolutions in floats on a CPU as products of matrices, which start sooner than oneDNN's kernels."""
+"""Small convolutions in floats on a CPU as products of matrices, which start sooner than oneDNN's kernels do."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_qnoise.ops.dense_layout import output_layout
+
 _LEAST_PIXELS = 16  # of an image that is multiplied as it is
 
 
@@ -16,6 +18,8 @@ def unfolded_conv2d(
 ) -> Tensor:
     """Return what `F.conv2d` does, as a product of the weight and the patches of every image, without a gradient.
 
+    It takes weights with the channels last, too.
+
     Example:
         >>> x, weight = torch.randn(2, 1, 8, 8), torch.randn(16, 1, 3, 3)
         >>> with torch.no_grad():
@@ -23,11 +27,11 @@ def unfolded_conv2d(
         >>> torch.allclose(y, F.conv2d(x, weight, padding=1), atol=1e-5)
         True
     """
-    if len(x) == 1:  # torch does the same there, and sooner
+    if len(x) == 1 or torch._C._len_torch_dispatch_stack():  # does the same for one; and FlopCounterMode knows it
         y = F.conv2d(x, weight, bias, stride, padding)
     else:
         y = torch.ops.aten.thnn_conv2d.default(x, weight, weight.shape[2:], bias, stride, padding)
-    return y.contiguous() if x.is_contiguous() else y  # it comes with the channels last where the weight does
+    return y.contiguous(memory_format=output_layout(x))  # it comes with the channels last where the weight does
 
 
 def pixelwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int]) -> Tensor:
@@ -39,13 +43,13 @@ def pixelwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Seq
         >>> torch.allclose(y, F.conv2d(x, weight, stride=2), atol=1e-5)
         True
     """
-    x = x[:, :, :: stride[0], :: stride[1]]
+    layout, x = output_layout(x), x[:, :, :: stride[0], :: stride[1]]
     n, channels, height, width = x.shape
     matrix = weight.view(len(weight), channels)
-    if x.stride(1) == 1 or height * width < _LEAST_PIXELS:
+    if layout is torch.channels_last or height * width < _LEAST_PIXELS:
         rows = x.permute(0, 2, 3, 1).reshape(-1, channels)
         y = F.linear(rows, matrix, bias).view(n, height, width, -1).permute(0, 3, 1, 2)
-        return y if x.stride(1) == 1 else y.contiguous()
+        return y.contiguous(memory_format=layout)
     columns, matrices = x.reshape(n, channels, -1), matrix.expand(n, -1, -1)
     y = torch.bmm(matrices, columns) if bias is None else torch.baddbmm(bias[:, None], matrices, columns)
     return y.view(n, -1, height, width)

@@ -80,7 +80,7 @@ def is_exact() -> bool:
 
 def _neutral(codes: Tensor) -> tuple[Tensor, Tensor]:
     """A scale and a zero point that change nothing."""
-    ones = torch.ones(len(codes), device=codes.device)
+    ones = torch.ones(len(codes), dtype=torch.float32, device=codes.device)
     return ones, torch.zeros_like(ones, dtype=torch.int32)
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_qnoise.schemes.ranges import affine_grid, find_range
+from lightning_qnoise.schemes.recording import is_transformed
 
 if TYPE_CHECKING:
     from lightning_qnoise.schemes.integer import Int
@@ -80,7 +81,7 @@ def _host_grid(x: Tensor, activation: Int) -> tuple[Tensor, int] | None:
 
 def _is_at_hand(x: Tensor) -> bool:
     """Whether numbers can be read out of it, without a wait and without becoming constants of a graph."""
-    return x.is_cpu and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
+    return x.is_cpu and not is_transformed()
 
 
 def _single(value: float) -> float:

@@ -17,8 +17,9 @@ from lightning_qnoise.ops import (
     prepare_dense_conv2d,
     unfolded_conv2d,
 )
-from lightning_qnoise.schemes.packed import PackedWeight, is_recorded
+from lightning_qnoise.schemes.packed import PackedWeight
 from lightning_qnoise.schemes.ranges import round_trip
+from lightning_qnoise.schemes.recording import is_recorded
 
 _MOST_ROUTES = 64  # that are remembered
 Grid = tuple[Tensor, Tensor | int]
@@ -37,13 +38,13 @@ class Route(NamedTuple):
 
 
 class FastConvolutions(PackedWeight):
-    """A packed weight that finds the way to convolve inputs of a shape once, as every step shows in a small layer.
+    """A packed weight that remembers how to convolve inputs of a shape, as every step shows in a small layer.
 
-    There are kernels for one size of images at a time.
+    What is packed for one size of images is dropped where another one is packed: so much memory, and no more.
     """
 
     def conv2d(self, x: Tensor, layer: nn.Conv2d) -> Tensor:
-        """Convolve on the fastest route for inputs of this shape; on torch's own where that is recorded."""
+        """Convolve on the fastest route for inputs of this shape; as torch does in a graph, autocast or calibration."""
         if self.observer is not None or is_recorded() or not x.numel() or torch.is_autocast_enabled("cpu"):
             return super().conv2d(x, layer)
         grid = None if self.scheme.activation is None else self.input_grid(x)
@@ -51,12 +52,12 @@ class FastConvolutions(PackedWeight):
             route = self.route_of(x, layer, grid)
         else:
             is_unsigned = grid is not None and isinstance(grid[1], int) and not grid[1]
-            key = x.shape, layer.stride, layer.padding, layer.dilation, is_unsigned
-            if key not in self._made:
+            key = x.shape, x.dtype, layer.stride, layer.padding, layer.dilation, is_unsigned
+            route = self._made.get(key, self)
+            if route is self:  # not found, as None is a route
                 if len(self._made) > _MOST_ROUTES:
                     self.forget()
-                self._made[key] = self.route_of(x, layer, grid)
-            route = self._made[key]
+                route = self._made[key] = self.route_of(x, layer, grid)
         if route is None:
             return layer._conv_forward(_quantized(x, grid, self._bits), self.read(), layer.bias)
         return route.convolve(x, layer.bias, grid)
@@ -67,11 +68,11 @@ class FastConvolutions(PackedWeight):
         if self.memory == "lean":
             return None
         layout = "contiguous"
-        if x.is_cpu and x.dtype == self.dtype == torch.float32 and not isinstance(layer.padding, str):
+        if x.is_cpu and x.dtype == self.dtype == torch.float32 and all(isinstance(value, tuple) for value in geometry):
             layout = dense_layout(x.shape, self.shape, *geometry)
         if layout == "packed":
-            self.drop_kernels(x.shape)
             kernel = prepare_dense_conv2d(self.decode(), x.shape, *geometry)
+            self.drop_kernels(x.shape)
             return self._route(dense_conv2d, kernel, geometry)
         weight = self.read(torch.channels_last if layout == "channels-last" else torch.contiguous_format)
         if layout == "contiguous":
@@ -84,7 +85,7 @@ class FastConvolutions(PackedWeight):
         """Let go of kernels for images of other sizes."""
         for key, route in list(self._made.items()):
             if isinstance(route, Route) and route.kernel is not None and route.kernel.sizes != sizes:
-                del self._made[key]
+                self._made.pop(key, None)
 
     @property
     def _bits(self) -> int:

@@ -13,13 +13,13 @@ from lightning_qnoise.ops import (
     prepare_int8_conv2d,
 )
 from lightning_qnoise.schemes.fast_conv import FastConvolutions, Grid, Route
-from lightning_qnoise.schemes.packed import is_recorded
+from lightning_qnoise.schemes.recording import is_recorded
 
 # Where integers are faster, with VNNI (`benchmarks/int8_speed.py`).
 _LEAST = 2**14  # elements of a Linear that would be decoded,
 _LEAST_PRODUCTS_DENSE = 2**21  # multiplications of one whose floats are kept,
-_LEAST_PRODUCTS = 2**21  # of a convolution, with _LEAST_REUSE of them or more for each number it reads or writes;
-_LEAST_REUSE = 36  # twice as many where the weight has zero points, and again where images get a border of theirs
+_LEAST_PRODUCTS = 2**21  # of a convolution, twice as many for each pass over its numbers that integers add;
+_PRODUCTS_PER_NUMBER = 36  # those that the passes which integers always add cost, for every number read or written
 
 
 class Int8Products(FastConvolutions):
@@ -61,14 +61,19 @@ class Int8Products(FastConvolutions):
 
     def route_of(self, x: Tensor, layer: nn.Conv2d, grid: Grid | None) -> Route | None:
         """Return a route in integers, where these are possible and faster."""
-        if grid is None or not self._runs_in_integers(x) or int8_backend(x.device.type) != "onednn":
+        is_possible = grid is not None and self._runs_in_integers(x) and int8_backend(x.device.type) == "onednn"
+        if grid is None or not is_possible or isinstance(layer.padding, int):
             return super().route_of(x, layer, grid)
-        form, padding, bits = self.integers(), layer._reversed_padding_repeated_twice, self._bits
-        is_unsigned = isinstance(grid[1], int) and not grid[1]
-        if not self._pays(x, layer, int(form[2] is not None) + int(any(padding) and not is_unsigned)):
+        is_unsigned, border, bits = isinstance(grid[1], int) and not grid[1], _border(layer), self._bits
+        n_passes = int(any(border) and not is_unsigned)
+        if not self._pays(x, layer, n_passes):  # before anything is unpacked
             return super().route_of(x, layer, grid)
+        codes, scale, zero_point, weight_bits = self.integers()
+        if zero_point is not None and not self._pays(x, layer, n_passes + 1):
+            return super().route_of(x, layer, grid)
+        geometry = x.shape, layer.stride, border, layer.dilation
+        kernel = prepare_int8_conv2d(codes, scale, zero_point, weight_bits, *geometry, is_unsigned)
         self.drop_kernels(x.shape)
-        kernel = prepare_int8_conv2d(*form, x.shape, layer.stride, padding, layer.dilation, is_unsigned)
 
         def run(x: Tensor, bias: Tensor | None, grid: Grid | None) -> Tensor:
             assert grid is not None
@@ -87,12 +92,24 @@ class Int8Products(FastConvolutions):
         return self.shape.numel() < _LEAST
 
     def _pays(self, x: Tensor, layer: nn.Conv2d, n_passes: int) -> bool:
+        """Whether the products that integers speed up outweigh the passes that they add."""
         stride = layer.stride[0] * layer.stride[1]
         products = x.numel() // (self.shape[1] * stride) * self.shape.numel()
         numbers = self.shape[1] * stride + self.shape[0]
-        return products * (1 - _LEAST_REUSE * numbers / self.shape.numel()) >= _LEAST_PRODUCTS * 2**n_passes
+        return products * (1 - _PRODUCTS_PER_NUMBER * numbers / self.shape.numel()) >= _LEAST_PRODUCTS * 2**n_passes
 
     def _runs_in_integers(self, x: Tensor) -> bool:
         if self.scheme.activation is None or self.observer is not None or not x.numel() or is_recorded():
             return False
         return self.is_int8 and int8_backend(x.device.type) is not None
+
+
+def _border(layer: nn.Conv2d) -> tuple[int, int, int, int]:
+    """The zeros around an image, left, right, above and below."""
+    if not isinstance(layer.padding, str):
+        down, across = layer.padding
+        return across, across, down, down
+    if layer.padding == "valid":
+        return 0, 0, 0, 0
+    down, across = ((k - 1) * d for k, d in zip(layer.kernel_size, layer.dilation, strict=True))
+    return across // 2, across - across // 2, down // 2, down - down // 2

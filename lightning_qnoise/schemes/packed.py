@@ -11,14 +11,10 @@ from torch import Tensor, nn
 from lightning_qnoise.schemes.activation import dynamic_grid
 from lightning_qnoise.schemes.observer import Observer
 from lightning_qnoise.schemes.ranges import affine_decode, affine_grid, round_trip
+from lightning_qnoise.schemes.recording import is_recorded
 
 if TYPE_CHECKING:
     from lightning_qnoise.schemes.base import Scheme
-
-
-def is_recorded() -> bool:
-    """Whether what is computed now goes into a graph, where nothing that was kept belongs."""
-    return torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 def _never_called(module: nn.Module, args: tuple[Any, ...]) -> None:

@@ -50,7 +50,7 @@ def runs_in_integers(packed):
 
 @pytest.fixture
 def _small_pays(monkeypatch):
-    monkeypatch.setattr(int8_products, "_LEAST_PRODUCTS", -1e9)
+    monkeypatch.setattr(int8_products.Int8Products, "_pays", lambda *args: True)
 
 
 @integers
@@ -290,3 +290,48 @@ def test_a_network_whose_norms_torch_has_folded(memory, tmp_path):
     assert (found - expected).norm() < 0.005 * expected.norm() and error < 0.03
     loaded = set_memory(load(fuse(plain), tmp_path / "folded.safetensors"), memory)
     assert torch.equal(loaded(x), found)
+
+
+@torch.no_grad()
+@integers
+@pytest.mark.usefixtures("_small_pays")
+@pytest.mark.parametrize("name", ["dynamic", "static", "per tensor"])
+def test_a_pruned_channel_is_its_bias(name):
+    scheme = SCHEMES.get(name, Int(8, activation=Int(8, per="tensor")))
+    model = nn.Sequential(nn.Conv2d(16, 8, 3, padding=1))
+    model[0].weight[2:4] = 0
+    x = 100 * torch.randn(4, 16, 6, 6)
+    model = quantize(model, scheme, [x])
+    assert torch.equal(model(x)[:, 2:4], model[0].bias[2:4, None, None].expand(4, 2, 6, 6))
+
+
+@torch.no_grad()
+@integers
+@pytest.mark.usefixtures("_small_pays")
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+def test_a_padding_that_is_changed_counts():
+    model, x = layer(SCHEMES["static"], 8, 6, (3, 2), padding=1), torch.randn(4, 8, 6, 6)
+    packed = model[0].packed("weight")
+    for padding in ((1, 1), (2, 0), "valid", "same", 1):
+        model[0].padding = padding
+        expected = F.conv2d(packed.quantize_input(x), packed.decode(), model[0].bias, padding=padding)
+        torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("args", "size"), [((64, 64, 3), 4), ((1, 32, 3), 8), ((32, 48, 1, 2), 8)], ids=["packed", "unfolded", "pixelwise"]
+)
+def test_what_torch_refuses_is_refused_as_by_torch(args, size):
+    plain = nn.Conv2d(*args)
+    model, x = set_memory(layer(Int(8), *args), "fast"), torch.randn(4, args[0], size, size)
+    model(x)
+    for bad in (x.bfloat16(), x.double(), torch.randn(4, args[0] + 1, size, size), x[:, :, :0]):
+        with pytest.raises(RuntimeError) as expected:
+            plain(bad)
+        with pytest.raises(RuntimeError) as found:
+            model(bad)
+        assert str(found.value) == str(expected.value)
+    torch.testing.assert_close(
+        model(x), F.conv2d(x, model[0].weight, model[0].bias, model[0].stride), rtol=1e-4, atol=1e-5
+    )

@@ -92,10 +92,10 @@ def test_other_sizes_are_refused():
 @pytest.mark.parametrize(
     ("sizes", "shape", "geometry", "layout"),
     [
-        ((1, 512, 7, 7), (512, 512, 3, 3), (), "packed"),
-        ((16, 96, 2, 2), (96, 96, 3, 3), (), "packed"),
-        ((1, 96, 2, 2), (96, 96, 3, 3), (), "channels-last"),  # packed takes longer to start
-        ((2, 96, 2, 2), (96, 96, 3, 3), (), "channels-last"),
+        ((1, 512, 7, 7), (512, 512, 3, 3), ((1, 1), (1, 1)), "packed"),
+        ((16, 96, 2, 2), (96, 96, 3, 3), ((1, 1), (1, 1)), "packed"),
+        ((1, 96, 2, 2), (96, 96, 3, 3), ((1, 1), (1, 1)), "channels-last"),  # packed takes longer to start
+        ((2, 96, 2, 2), (96, 96, 3, 3), ((1, 1), (1, 1)), "channels-last"),
         ((1, 32, 16, 16), (64, 32, 3, 3), ((2, 2),), "channels-last"),
         ((1, 32, 16, 16), (64, 32, 3, 3), ((2, 2), (1, 1), (2, 2)), "contiguous"),
         ((1, 32, 16, 16), (64, 32, 3, 3), (), "contiguous"),
@@ -107,6 +107,9 @@ def test_other_sizes_are_refused():
         ((16, 32, 8, 8), (64, 32, 1, 1), ((2, 2),), "pixelwise"),
         ((16, 32, 8, 8), (64, 32, 1, 1), ((2, 2), (1, 1)), "contiguous"),
         ((64, 64, 56, 56), (64, 64, 3, 3), (), "contiguous"),
+        ((16, 96, 2, 2), (96, 96, 3, 3), (), "contiguous"),  # which fits nowhere
+        ((8, 4, 8, 8), (64, 3, 3, 3), (), "contiguous"),  # nor does this
+        ((2, 1, 2, 2), (8, 1, 3, 3), ((1, 1), (200, 200)), "contiguous"),
     ],
 )
 def test_the_layout_follows_the_shape(sizes, shape, geometry, layout):

@@ -194,3 +194,13 @@ def test_errors():
         prepare_int8(torch.zeros(4, 8, dtype=torch.uint8), torch.ones(4, 4), None)
     with pytest.raises(ValueError, match="overflow"):
         prepare_int8(torch.zeros(1, 131_072, dtype=torch.uint8), torch.ones(1), None)
+
+
+@each_grid
+def test_a_row_of_zeros_leaves_the_bias_exact(backend, grid):
+    """Its scale of one and its zero point of zero would be large numbers that cancel."""
+    codes, scale, zero_point = make_weight(6, 64)
+    codes[2:4], scale[2:4], zero_point[2:4] = 0, 1, 0
+    x, bias = 100 * torch.randn(5, 64), torch.randn(6)
+    y = int8_linear(x, prepare_int8(codes, scale, zero_point, 8, backend), bias, *make_grid(x, grid))
+    assert torch.equal(y[:, 2:4], bias[2:4].expand(5, 2))

@@ -43,3 +43,15 @@ def test_the_default_device_does_not_matter():
         found = int8_backend("cpu")
     int8_backend.cache_clear()
     assert found == int8_backend("cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_nor_does_the_default_dtype(dtype):
+    expected = int8_backend("cpu")
+    int8_backend.cache_clear()
+    torch.set_default_dtype(dtype)
+    try:
+        assert int8_backend("cpu") == expected
+    finally:
+        torch.set_default_dtype(torch.float32)
+        int8_backend.cache_clear()

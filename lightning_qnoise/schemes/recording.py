@@ -1,0 +1,30 @@
+"""Whether a forward may look at its numbers, and keep what it makes of them."""
+
+from __future__ import annotations
+
+import torch
+
+_MODES = torch._C._TorchDispatchModeKey.PROXY, torch._C._TorchDispatchModeKey.FAKE
+
+
+def is_transformed() -> bool:
+    """Whether operators are compiled, traced, mapped or without numbers: none can be read, or it would be a constant.
+
+    Example:
+        >>> from torch.fx.experimental.proxy_tensor import make_fx
+        >>> _ = make_fx(lambda x: print(is_transformed()))(torch.zeros(1))
+        True
+        >>> is_transformed()
+        False
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return True
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return True
+    is_watched = torch._C._len_torch_dispatch_stack() > 0
+    return is_watched and any(torch._C._get_dispatch_mode(mode) is not None for mode in _MODES)
+
+
+def is_recorded() -> bool:
+    """Whether what is computed now goes into a graph, where nothing that was kept belongs."""
+    return torch.is_grad_enabled() or is_transformed()
