@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from lightning_qnoise.ops import (
@@ -40,9 +41,11 @@ class Int8Products(FastConvolutions):
 
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Return `quantize_input(x) @ decode().T + bias`, `[..., out]`, in integers where that is possible."""
-        if self.scheme.activation is None or self._is_small(x):
-            if (dense := self.kept()) is not None:  # at once, as it shows in the time of a small layer
-                return nn.functional.linear(self.quantize_input(x), dense, bias)
+        activation = self.scheme.activation
+        if activation is None or self._is_small(x):
+            dense = None if is_recorded() else self._made.get(torch.contiguous_format)
+            if dense is not None:  # what `read` has decoded; at once, as every step shows in the time of a small layer
+                return nn.functional.linear(x if activation is None else self.quantize_input(x), dense, bias)
             return self.linear_in_floats(x, bias)
         if not self._runs_in_integers(x):
             return self.linear_in_floats(x, bias)
@@ -51,7 +54,7 @@ class Int8Products(FastConvolutions):
         weight, grid = self._made["int8"], self._made.get("grid")
         if grid is None:
             grid = prepare_grid(weight, *self._input(x))
-            if self.scheme.activation is not None and self.scheme.activation.mode == "static":
+            if activation.mode == "static":
                 self._made["grid"] = grid
         return int8_linear(x, weight, bias, grid)
 

@@ -81,10 +81,6 @@ class PackedWeight(nn.Module):
             self._made[memory_format] = dense
         return dense
 
-    def kept(self) -> Tensor | None:
-        """Return what `read` has decoded before, where it may be read again, or None."""
-        return None if is_recorded() else self._made.get(torch.contiguous_format)
-
     def forget(self) -> None:
         """Let go of everything that was made from the buffers."""
         self._made.clear()

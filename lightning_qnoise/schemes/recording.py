@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import torch
 
+# bound once, as small layers ask in every forward
+_is_tracing, _n_modes = torch._C._is_tracing, torch._C._len_torch_dispatch_stack
+_mapped_over = torch._C._functorch.peek_interpreter_stack
 _MODES = torch._C._TorchDispatchModeKey.PROXY, torch._C._TorchDispatchModeKey.FAKE
 
 
@@ -17,12 +20,9 @@ def is_transformed() -> bool:
         >>> is_transformed()
         False
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if torch.compiler.is_compiling() or _is_tracing() or _mapped_over() is not None:
         return True
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        return True
-    is_watched = torch._C._len_torch_dispatch_stack() > 0
-    return is_watched and any(torch._C._get_dispatch_mode(mode) is not None for mode in _MODES)
+    return _n_modes() > 0 and any(torch._C._get_dispatch_mode(mode) is not None for mode in _MODES)
 
 
 def is_recorded() -> bool:
