@@ -85,11 +85,11 @@ def measure(name: str, batch: int, turns: int) -> list[dict[str, object]]:
     torch.manual_seed(0)
     build, inputs = MODELS[name]
     model, x = build().eval(), inputs(batch)
-    plain = fuse(model) if name.startswith("folded") else model
+    source = fuse(model) if name.startswith("folded") else model
     keys = [(route, symmetric) for route in ROUTES for symmetric in (False, True)] + [(PRESET, False)]
-    models = {("float32", False): model} | {key: packed(plain, *key, x) for key in keys}
-    if plain is not model:
-        models[FOLDED, False] = plain
+    models = {("float32", False): model} | {key: packed(source, *key, x) for key in keys}
+    if source is not model:
+        models[FOLDED, False] = source
         keys.append((FOLDED, False))
     ms = in_turns(models, x, turns)
     reference = ms[("float32", False)]

@@ -1,6 +1,6 @@
 """Arithmetic on quantized values; needs nothing but torch."""
 
-from lightning_qnoise.ops.affine import affine_steps
+from lightning_qnoise.ops.affine import affine_steps, is_zero
 from lightning_qnoise.ops.dense_conv import DenseKernel, dense_conv2d, prepare_dense_conv2d
 from lightning_qnoise.ops.dense_layout import dense_layout
 from lightning_qnoise.ops.fake_quant_noise import fake_quant_noise
@@ -27,6 +27,7 @@ __all__ = [
     "int8_conv2d",
     "int8_linear",
     "int_linear",
+    "is_zero",
     "kmeans_assign",
     "pixelwise_conv2d",
     "pq_decode",

@@ -30,3 +30,13 @@ def affine_steps(values: Tensor, scale: Tensor, zero_point: Tensor | int, bits: 
     if isinstance(zero_point, int):
         return steps.clamp_(-zero_point, top - zero_point)
     return steps.add_(zero_point).clamp_(0, top).sub_(zero_point)
+
+
+def is_zero(zero_point: Tensor | int) -> bool:
+    """Whether a zero point is known to be zero, which spares passes over the values.
+
+    Example:
+        >>> is_zero(0), is_zero(3), is_zero(torch.zeros(2))  # numbers of a tensor are not looked at
+        (True, False, False)
+    """
+    return isinstance(zero_point, int) and zero_point == 0

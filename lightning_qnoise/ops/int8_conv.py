@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_qnoise.ops import onednn
+from lightning_qnoise.ops.affine import is_zero
 from lightning_qnoise.ops.dense_layout import output_layout
 from lightning_qnoise.ops.int8_codes import quantized_images
 from lightning_qnoise.ops.int8_kernel import Int8Kernel
@@ -41,11 +42,11 @@ def int8_conv2d(
     """
     if x.shape != kernel.sizes:
         raise ValueError(f"the kernel is packed for images {list(kernel.sizes)}, got {list(x.shape)}")
-    if not kernel.takes(zero_point):
+    if any(kernel.geometry.padding) and not is_zero(zero_point):  # what oneDNN pads with is code 0
         raise ValueError(f"the kernel is packed for images with zero point 0, got {zero_point}")
     images = quantized_images(x.detach(), scale, zero_point, bits, kernel.border)
     shift = None if bias is None else bias.detach().float()
-    if isinstance(zero_point, Tensor) or zero_point:
+    if not is_zero(zero_point):
         distance = scale * -zero_point
         zero = kernel.sums * (distance.view(-1, 1) if scale.ndim else distance)
         shift = zero if shift is None else zero.add_(shift)

@@ -34,10 +34,6 @@ class Int8Kernel(NamedTuple):
     sizes: torch.Size
     border: Sequence[int]
 
-    def takes(self, zero_point: Tensor | int) -> bool:
-        """Whether it can convolve images with this zero point: what oneDNN pads with is code 0."""
-        return not any(self.geometry.padding) or (isinstance(zero_point, int) and not zero_point)
-
 
 def prepare_int8_conv2d(
     codes: Tensor,

@@ -13,6 +13,7 @@ from lightning_qnoise.ops import (
     Int8Kernel,
     dense_conv2d,
     dense_layout,
+    is_zero,
     pixelwise_conv2d,
     prepare_dense_conv2d,
     unfolded_conv2d,
@@ -51,7 +52,7 @@ class FastConvolutions(PackedWeight):
         if self.is_trained:  # an optimizer may move it before the next forward
             route = self.route_of(x, layer, grid)
         else:
-            is_unsigned = grid is not None and isinstance(grid[1], int) and not grid[1]
+            is_unsigned = grid is not None and is_zero(grid[1])
             key = x.shape, x.dtype, layer.stride, layer.padding, layer.dilation, is_unsigned
             route = self._made.get(key, self)
             if route is self:  # not found, as None is a route

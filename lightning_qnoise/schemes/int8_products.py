@@ -9,6 +9,7 @@ from lightning_qnoise.ops import (
     int8_backend,
     int8_conv2d,
     int8_linear,
+    is_zero,
     prepare_grid,
     prepare_int8,
     prepare_int8_conv2d,
@@ -53,7 +54,7 @@ class Int8Products(FastConvolutions):
             self._made["int8"] = prepare_int8(*self.integers())
         weight, grid = self._made["int8"], self._made.get("grid")
         if grid is None:
-            grid = prepare_grid(weight, *self._input(x))
+            grid = prepare_grid(weight, *self.input_grid(x), activation.bits)
             if activation.mode == "static":
                 self._made["grid"] = grid
         return int8_linear(x, weight, bias, grid)
@@ -64,10 +65,10 @@ class Int8Products(FastConvolutions):
 
     def route_of(self, x: Tensor, layer: nn.Conv2d, grid: Grid | None) -> Route | None:
         """Return a route in integers, where these are possible and faster."""
-        is_possible = grid is not None and self._runs_in_integers(x) and int8_backend(x.device.type) == "onednn"
-        if grid is None or not is_possible or isinstance(layer.padding, int):
+        is_possible = self._runs_in_integers(x) and int8_backend(x.device.type) == "onednn"
+        if grid is None or isinstance(layer.padding, int) or not is_possible:
             return super().route_of(x, layer, grid)
-        is_unsigned, border, bits = isinstance(grid[1], int) and not grid[1], _border(layer), self._bits
+        is_unsigned, border, bits = is_zero(grid[1]), _border(layer), self._bits
         n_passes = int(any(border) and not is_unsigned)
         if not self._pays(x, layer, n_passes):  # before anything is unpacked
             return super().route_of(x, layer, grid)
@@ -83,11 +84,6 @@ class Int8Products(FastConvolutions):
             return int8_conv2d(x, kernel, bias, *grid, bits)
 
         return Route(run, kernel)
-
-    def _input(self, x: Tensor) -> tuple[Tensor, Tensor | int, int]:
-        activation = self.scheme.activation
-        assert activation is not None
-        return *self.input_grid(x), activation.bits
 
     def _is_small(self, x: Tensor) -> bool:
         if self.memory == "fast":
