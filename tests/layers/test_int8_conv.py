@@ -16,6 +16,7 @@ from lightning_qnoise.calibrate import calibrate
 from lightning_qnoise.demos import DigitsClassifier
 from lightning_qnoise.ops import DenseKernel, Int8Kernel, int8_backend
 from lightning_qnoise.schemes import int8_products
+from lightning_qnoise.schemes.fast_conv import Route
 
 integers = pytest.mark.skipif(int8_backend("cpu") != "onednn", reason="this processor has no exact int8 kernels")
 SCHEMES = {
@@ -335,3 +336,35 @@ def test_what_torch_refuses_is_refused_as_by_torch(args, size):
     torch.testing.assert_close(
         model(x), F.conv2d(x, model[0].weight, model[0].bias, model[0].stride), rtol=1e-4, atol=1e-5
     )
+
+
+@torch.no_grad()
+def test_lean_memory_keeps_no_float_weight():
+    model = layer(Int(8), 32, 32, 3, padding=1)
+    packed = model[0].packed("weight")
+    for n in (1, 2, 16):
+        model(torch.randn(n, 32, 8, 8))
+    assert not any(isinstance(value, (Route, torch.Tensor)) for value in packed._made.values())
+
+
+@integers
+@torch.no_grad()
+@pytest.mark.parametrize(("images", "most_passes"), [(4, -1), (6, 0), (12, 1), (24, 2)])
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("is_unsigned", [False, True])
+def test_zero_points_and_borders_must_pay(images, most_passes, symmetric, is_unsigned):
+    """Each adds a pass over the numbers, which more products must outweigh."""
+    model, x = (
+        layer(Int(8, symmetric=symmetric, activation=Int(8)), 32, 32, 3, padding=1),
+        torch.randn(images, 32, 8, 8),
+    )
+    model(x.relu() if is_unsigned else x)
+    assert runs_in_integers(model[0].packed("weight")) == (2 - symmetric - is_unsigned <= most_passes)
+
+
+@integers
+@torch.no_grad()
+def test_kernels_of_few_products_for_each_number_never_pay():
+    model = layer(Int(8, symmetric=True, activation=Int(8)), 32, 64, 1)
+    model(torch.rand(64, 32, 12, 12))
+    assert not runs_in_integers(model[0].packed("weight"))
