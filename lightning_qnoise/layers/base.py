@@ -27,9 +27,11 @@ class PackedLayer(nn.Module):
 
     Attributes:
         quantizes_input: Whether its forward hands the input to `PackedWeight.quantize_input`.
+        parameter: The parameter that is packed where its forward is used.
     """
 
     quantizes_input: ClassVar[bool] = False
+    parameter: ClassVar[str] = "weight"
 
     def packed(self, name: str) -> PackedWeight:
         """Return the packed weight behind the attribute `name`."""
@@ -57,7 +59,7 @@ class PackedLayer(nn.Module):
 def packs(layer: type[nn.Module]) -> Callable[[_Layer], _Layer]:
     """Register the packed counterpart of a layer class: used for it and for subclasses that keep its forward.
 
-    It stands in where the parameter `weight` is packed.
+    It stands in where its `parameter` is packed, by default `weight`.
 
     Example:
         >>> @packs(nn.Bilinear)
@@ -135,7 +137,8 @@ def _decoded(module: nn.Module, name: str) -> Tensor:
 def _packed_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
     key = (base, names)
     if key not in _CLASSES:
-        mixin = _FORWARDS.get(base.forward, PackedLayer) if "weight" in names else PackedLayer
+        mixin = _FORWARDS.get(base.forward, PackedLayer)
+        mixin = mixin if mixin.parameter in names else PackedLayer
         namespace = {"__module__": base.__module__, **readers(base, names, _decoded)}
         _CLASSES[key] = type(f"Packed{base.__name__}", (mixin, base), namespace)
     return _CLASSES[key]
