@@ -2,7 +2,7 @@
 
 from lightning_qnoise.ops.affine import affine_steps, is_zero
 from lightning_qnoise.ops.dense_conv import DenseKernel, dense_conv2d, prepare_dense_conv2d
-from lightning_qnoise.ops.dense_layout import dense_layout
+from lightning_qnoise.ops.dense_layout import Layout, dense_layout
 from lightning_qnoise.ops.fake_quant_noise import fake_quant_noise
 from lightning_qnoise.ops.int8 import int8_linear
 from lightning_qnoise.ops.int8_conv import int8_conv2d
@@ -19,6 +19,7 @@ __all__ = [
     "Int8Grid",
     "Int8Kernel",
     "Int8Weight",
+    "Layout",
     "affine_steps",
     "dense_conv2d",
     "dense_layout",

@@ -60,7 +60,7 @@ def _scale_all(x: Tensor, images: Tensor, kernel: Int8Kernel, scale: Tensor, shi
     y = onednn.conv2d(images, kernel.matrix, kernel.geometry, kernel.scale * scale, shift)
     if kernel.zeros is None:
         return y.to(x.dtype, memory_format=output_layout(x))
-    sums, windows = y.split((len(kernel.sums), 1), dim=1)
+    sums, windows = _split(y)
     return torch.addcmul(sums, windows, kernel.zeros, value=-1, out=_blank(x, sums))
 
 
@@ -68,11 +68,17 @@ def _scale_each(x: Tensor, images: Tensor, kernel: Int8Kernel, scale: Tensor, sh
     """Convolve images of a scale for each; `shift` is `[out]` or `[n, out]`."""
     y = onednn.conv2d(images, kernel.matrix, kernel.geometry, kernel.scale)
     if kernel.zeros is not None:
-        sums, windows = y.split((len(kernel.sums), 1), dim=1)
+        sums, windows = _split(y)
         y = torch.addcmul(sums, windows, kernel.zeros, value=-1)
     if shift is None:
         return torch.mul(y, scale, out=_blank(x, y))
     return torch.addcmul(shift[..., None, None], y, scale, out=_blank(x, y))
+
+
+def _split(y: Tensor) -> tuple[Tensor, Tensor]:
+    """The kernels' own channels, and the one that sums windows."""
+    n = y.shape[1] - 1
+    return y.narrow(1, 0, n), y.narrow(1, n, 1)
 
 
 def _blank(x: Tensor, like: Tensor) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from lightning_qnoise.ops.int8_weight import Int8Weight
@@ -15,14 +14,14 @@ class Int8Grid(NamedTuple):
 
     Attributes:
         scale: float32, `[]` for all of `x`, or one per row of it, `[rows, 1]`.
-        offset: `zero_point - 2**(bits - 1)`, float32 whole numbers of the shape of `scale`; None if all are zero.
+        offset: `zero_point - 2**(bits - 1)`, whole numbers: float32 of the shape of `scale`, or one number.
         bits: Bits per code.
         factor: float32 `[out]`: what a product of codes is multiplied by. None of many scales.
         shift: float32 `[out]`: what is added then. None of many scales.
     """
 
     scale: Tensor
-    offset: Tensor | None
+    offset: Tensor | int
     bits: int
     factor: Tensor | None
     shift: Tensor | None
@@ -31,7 +30,8 @@ class Int8Grid(NamedTuple):
         """Return the grid of some rows."""
         if not self.scale.ndim:
             return self
-        return self._replace(scale=self.scale[part], offset=None if self.offset is None else self.offset[part])
+        offset = self.offset[part] if isinstance(self.offset, Tensor) else self.offset
+        return self._replace(scale=self.scale[part], offset=offset)
 
 
 def prepare_grid(weight: Int8Weight, scale: Tensor, zero_point: Tensor | int, bits: int = 8) -> Int8Grid:
@@ -55,13 +55,10 @@ def prepare_grid(weight: Int8Weight, scale: Tensor, zero_point: Tensor | int, bi
     """
     if isinstance(zero_point, Tensor) and scale.shape != zero_point.shape:
         raise ValueError(f"scale {list(scale.shape)} and zero point {list(zero_point.shape)} have different shapes")
-    scale, distance = scale.reshape(-1, 1) if scale.ndim else scale, zero_point - 2 ** (bits - 1)
-    offset: Tensor | None = None
-    if isinstance(distance, Tensor):
-        offset = distance.view_as(scale)
-    elif distance:
-        offset = torch.full_like(scale, distance)
+    scale, offset = scale.reshape(-1, 1) if scale.ndim else scale, zero_point - 2 ** (bits - 1)
+    if isinstance(offset, Tensor):
+        offset = offset.view_as(scale)
     if scale.ndim:
         return Int8Grid(scale, offset, bits, None, None)
     factor = scale * weight.scale
-    return Int8Grid(scale, offset, bits, factor, weight.sums * factor * -distance)
+    return Int8Grid(scale, offset, bits, factor, weight.sums * factor * -offset)

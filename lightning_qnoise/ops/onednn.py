@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -41,9 +42,9 @@ def pack_linear(codes: Tensor) -> Packed:
 
 def linear(x: Tensor, matrix: Packed, factor: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
     """Return `x @ W.T * factor + bias`, float32 `[rows, out]`, for `x` int8 `[rows, in]`, which is overwritten."""
-    bytes_ = x.view(torch.uint8).bitwise_xor_(128)
-    weight = matrix if factor is None else matrix._replace(scale=factor)
-    return torch.ops.onednn.qlinear_pointwise.default(bytes_, 1.0, 128, *weight, bias, *_OPTIONS)
+    bytes_, (weight, scale, zero_point) = x.view(torch.uint8).bitwise_xor_(128), matrix
+    scale = scale if factor is None else factor
+    return torch.ops.onednn.qlinear_pointwise.default(bytes_, 1.0, 128, weight, scale, zero_point, bias, *_OPTIONS)
 
 
 def pack_conv2d(codes: Tensor, sizes: Sequence[int], geometry: Geometry) -> Packed:
@@ -60,8 +61,9 @@ def conv2d(
     images: Tensor, kernels: Packed, geometry: Geometry, factor: Tensor | None = None, bias: Tensor | None = None
 ) -> Tensor:
     """Convolve images, uint8 `[n, channels, height, width]`, channels last; float32, channels last, as in `linear`."""
-    weight = kernels if factor is None else kernels._replace(scale=factor)
-    return _qconv()(images, 1.0, 0, *weight, bias, *_lists(geometry), *_OPTIONS)
+    weight, scale, zero_point = kernels
+    scale = scale if factor is None else factor
+    return _qconv()(images, 1.0, 0, weight, scale, zero_point, bias, *_lists(geometry), *_OPTIONS)
 
 
 def is_exact() -> bool:
@@ -89,6 +91,7 @@ def _lists(geometry: Geometry) -> tuple[Any, ...]:
     return list(geometry.stride), list(geometry.padding), list(geometry.dilation), 1
 
 
+@lru_cache
 def _qconv() -> Any:
     """The operator under its name since torch 2.7, or the one before."""
     operators = torch.ops.onednn

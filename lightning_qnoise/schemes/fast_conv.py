@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lightning_qnoise.ops import (
     DenseKernel,
     Int8Kernel,
+    Layout,
     dense_conv2d,
     dense_layout,
     is_zero,
@@ -65,12 +66,10 @@ class FastConvolutions(PackedWeight):
 
     def route_of(self, x: Tensor, layer: nn.Conv2d, grid: Grid | None) -> Route | None:
         """Return the route of an input without gradients; None decodes anew for every input."""
-        geometry: Any = layer.stride, layer.padding, layer.dilation
         if self.memory == "lean":
             return None
-        layout = "contiguous"
-        if x.is_cpu and x.dtype == self.dtype == torch.float32 and all(isinstance(value, tuple) for value in geometry):
-            layout = dense_layout(x.shape, self.shape, *geometry)
+        geometry: Any = layer.stride, layer.padding, layer.dilation
+        layout = self.layout_of(x, layer)
         if layout == "packed":
             kernel = prepare_dense_conv2d(self.decode(), x.shape, *geometry)
             self.drop_kernels(x.shape)
@@ -81,6 +80,13 @@ class FastConvolutions(PackedWeight):
         if layout == "pixelwise":
             return self._route(pixelwise_conv2d, weight, geometry[:1])
         return self._route(unfolded_conv2d, weight, geometry[:2])
+
+    def layout_of(self, x: Tensor, layer: nn.Conv2d) -> Layout:
+        """Return the layout of the float weight that is the fastest for an input."""
+        geometry: Any = layer.stride, layer.padding, layer.dilation
+        if x.is_cpu and x.dtype == self.dtype == torch.float32 and all(isinstance(value, tuple) for value in geometry):
+            return dense_layout(x.shape, self.shape, *geometry)
+        return "contiguous"
 
     def drop_kernels(self, sizes: torch.Size) -> None:
         """Let go of kernels for images of other sizes."""

@@ -20,8 +20,11 @@ from lightning_qnoise.schemes.recording import is_recorded
 # Where integers are faster, with VNNI (`benchmarks/int8_speed.py`).
 _LEAST = 2**14  # elements of a Linear that would be decoded,
 _LEAST_PRODUCTS_DENSE = 2**21  # multiplications of one whose floats are kept,
-_LEAST_PRODUCTS = 2**21  # of a convolution, twice as many for each pass over its numbers that integers add;
-_PRODUCTS_PER_NUMBER = 36  # those that the passes which integers always add cost, for every number read or written
+_LEAST_PRODUCTS = 2**19  # of a convolution, if oneDNN starts for its floats, too,
+_LEAST_PRODUCTS_ALONE = 5 * 2**18  # and if it does not;
+_PASS = 4  # times as many for each pass over its numbers that integers add;
+_PRODUCTS_PER_NUMBER = 36  # those that the passes which integers always add cost, for every number read or written,
+_MORE_PER_NUMBER = 12  # and each further pass
 
 
 class Int8Products(FastConvolutions):
@@ -48,11 +51,11 @@ class Int8Products(FastConvolutions):
             if dense is not None:  # what `read` has decoded; at once, as every step shows in the time of a small layer
                 return nn.functional.linear(x if activation is None else self.quantize_input(x), dense, bias)
             return self.linear_in_floats(x, bias)
-        if not self._runs_in_integers(x):
+        if not self._can_run_in_integers(x):
             return self.linear_in_floats(x, bias)
-        if "int8" not in self._made:
-            self._made["int8"] = prepare_int8(*self.integers())
-        weight, grid = self._made["int8"], self._made.get("grid")
+        weight, grid = self._made.get("int8"), self._made.get("grid")
+        if weight is None:
+            weight = self._made["int8"] = prepare_int8(*self.integers())
         if grid is None:
             grid = prepare_grid(weight, *self.input_grid(x), activation.bits)
             if activation.mode == "static":
@@ -65,7 +68,7 @@ class Int8Products(FastConvolutions):
 
     def route_of(self, x: Tensor, layer: nn.Conv2d, grid: Grid | None) -> Route | None:
         """Return a route in integers, where these are possible and faster."""
-        is_possible = self._runs_in_integers(x) and int8_backend(x.device.type) == "onednn"
+        is_possible = self._can_run_in_integers(x) and int8_backend(x.device.type) == "onednn"
         if grid is None or isinstance(layer.padding, int) or not is_possible:
             return super().route_of(x, layer, grid)
         is_unsigned, border, bits = is_zero(grid[1]), _border(layer), self._bits
@@ -95,12 +98,15 @@ class Int8Products(FastConvolutions):
         stride = layer.stride[0] * layer.stride[1]
         products = x.numel() // (self.shape[1] * stride) * self.shape.numel()
         numbers = self.shape[1] * stride + self.shape[0]
-        return products * (1 - _PRODUCTS_PER_NUMBER * numbers / self.shape.numel()) >= _LEAST_PRODUCTS * 2**n_passes
+        cost = (_PRODUCTS_PER_NUMBER + _MORE_PER_NUMBER * n_passes) * numbers / self.shape.numel()
+        is_alone = self.layout_of(x, layer) not in ("packed", "contiguous")
+        least = max(_LEAST_PRODUCTS * _PASS**n_passes, _LEAST_PRODUCTS_ALONE * is_alone)
+        return products * (1 - cost) >= least
 
-    def _runs_in_integers(self, x: Tensor) -> bool:
-        if self.scheme.activation is None or self.observer is not None or not x.numel() or is_recorded():
+    def _can_run_in_integers(self, x: Tensor) -> bool:
+        if self.observer is not None or is_recorded() or not x.numel():
             return False
-        return self.is_int8 and int8_backend(x.device.type) is not None
+        return "int8" in self._made or (self.is_int8 and int8_backend(x.device.type) is not None)
 
 
 def _border(layer: nn.Conv2d) -> tuple[int, int, int, int]:

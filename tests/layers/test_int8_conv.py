@@ -349,7 +349,7 @@ def test_lean_memory_keeps_no_float_weight():
 
 @integers
 @torch.no_grad()
-@pytest.mark.parametrize(("images", "most_passes"), [(4, -1), (6, 0), (12, 1), (24, 2)])
+@pytest.mark.parametrize(("images", "most_passes"), [(2, -1), (4, 0), (5, 0), (6, 1), (24, 1), (25, 2)])
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("is_unsigned", [False, True])
 def test_zero_points_and_borders_must_pay(images, most_passes, symmetric, is_unsigned):

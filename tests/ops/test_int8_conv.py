@@ -42,7 +42,11 @@ def check(
     codes, scale, zero_point = kernel
     prepared = prepare_int8_conv2d(codes, scale, zero_point, bits, x.shape, stride, padding, dilation, is_unsigned)
     actual = int8_conv2d(x, prepared, bias, *grid, x_bits)
-    x_codes = ((x.float() / grid[0]).round() + grid[1]).clamp(0, 2**x_bits - 1)
+    if grid[0].ndim == 0 and isinstance(grid[1], int):
+        steps = x.float().double() * (1 / grid[0].double()).float()  # exact
+    else:
+        steps = x.float() / grid[0]
+    x_codes = (steps.round() + grid[1]).clamp(0, 2**x_bits - 1)
     values = F.pad((x_codes.double() - grid[1]) * grid[0].double(), padding)
     zero = 2 ** (bits - 1) if zero_point is None else zero_point.double()[:, :, None, None]
     dense = (codes.double() - zero) * scale.double()[:, :, None, None]
