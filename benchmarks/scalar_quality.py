@@ -44,6 +44,7 @@ STYLES = {"PTQ": "0.3", "PTQ, gptq": "C2", "QAT": "C3", "Quant-Noise": "C0", "Qu
 SCHEMES = {
     "W8A8": Int(8, activation=Int(8)),
     **{f"W8A8 static {r}": Int(8, activation=Int(8, mode="static", range=r)) for r in ("minmax", "mse", "histogram")},
+    "W8A8 static symmetric": Int(8, symmetric=True, activation=Int(8, mode="static")),  # of the weights: the fastest
     "W4A8": Int(4, activation=Int(8)),
     "W4A4": Int(4, activation=Int(4)),
     "W8A8 linear": Int(8, activation=Int(8)),

@@ -70,7 +70,7 @@ def _product(
     if grid.factor is None or grid.shift is None:
         y = _minus(_sums_of_products(codes, weight, out), sums, weight.zero_point)
         y = _minus(y, grid.offset, weight.sums).mul_(weight.scale)
-        return y.mul_(grid.scale) if bias is None else torch.addcmul(bias.float(), y, grid.scale, out=y)
+        return y.mul_(grid.scale) if bias is None else torch.addcmul(bias, y, grid.scale, out=y)
     shift = grid.shift if bias is None else grid.shift + bias
     if isinstance(weight.matrix, onednn.Packed):
         y = onednn.linear(codes, weight.matrix, grid.factor, shift)

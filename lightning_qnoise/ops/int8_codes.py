@@ -18,7 +18,7 @@ def byte_codes(x: Tensor, scale: Tensor, offset: Tensor | int, bits: int = 8, mi
 
     On CPUs an input of one scale and one zero point that is a number takes half of the passes: it is multiplied by
     `1 / scale` and rounded at once. Others are divided by the scale, as in `affine_steps`; the two can differ by one
-    where a number lies within a rounding error of the middle between two levels, about one in 200,000.
+    where a number lies within a rounding error of the middle between two levels (of random numbers one in 200,000).
 
     Args:
         x: Float, of one or more dimensions, not empty.

@@ -76,10 +76,20 @@ def test_every_position_at_once(monkeypatch):
     attention, plain = packed()
     x, mask, linear = torch.randn(N, LENGTH, WIDTH), torch.zeros(LENGTH, LENGTH), nn.functional.linear
     seen = []
-    monkeypatch.setattr(nn.functional, "linear", lambda x, *args: (seen.append(x.is_contiguous()), linear(x, *args))[1])
+    monkeypatch.setattr(nn.functional, "linear", lambda x, *args: (seen.append(x), linear(x, *args))[1])
     for module in (attention, plain):
         module(x, x, x, attn_mask=mask, need_weights=False)
-    assert seen == [True, True, False, True]
+    assert [part.is_contiguous() for part in seen] == [True, True, False, True]
+
+
+@pytest.mark.parametrize(("batch_first", "shape"), [(False, (LENGTH, N, WIDTH)), (True, (LENGTH, WIDTH))])
+def test_what_is_laid_out_already_is_not_copied(monkeypatch, batch_first, shape):
+    attention, _ = packed(batch_first=batch_first)
+    x, mask, linear = torch.randn(shape), torch.zeros(LENGTH, LENGTH), nn.functional.linear
+    seen = []
+    monkeypatch.setattr(nn.functional, "linear", lambda x, *args: (seen.append(x), linear(x, *args))[1])
+    attention(x, x, x, attn_mask=mask, need_weights=False)
+    assert seen[0].data_ptr() == x.data_ptr()
 
 
 @pytest.mark.filterwarnings("ignore:.*nested tensors is in prototype")

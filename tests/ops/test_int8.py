@@ -124,6 +124,13 @@ def test_rows_in_blocks_are_the_rows_in_one(backend, grid):
     assert torch.equal(int8_linear(x, weight, None, scale, zero_point), torch.cat(pieces))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_blocks_in_another_dtype(backend, dtype):
+    x = torch.randn(300, 4096).to(dtype)
+    y = int8_linear(x, prepare_int8(*make_weight(16, 4096), backend=backend), None, *make_grid(x.float(), "token"))
+    assert y.dtype == dtype and y.shape == (300, 16)
+
+
 @each_grid
 def test_a_transposed_input(backend, grid):
     for x in (torch.randn(24, 10).t(), torch.randn(24, 1).t(), torch.randn(24, 1, 3, 4).transpose(0, 3)):

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from lightning_qnoise.ops.affine import affine_steps
-from lightning_qnoise.ops.int8_codes import byte_codes, quantized_images
+from lightning_qnoise.ops.int8_codes import _rounder, byte_codes, quantized_images
 
 EACH = pytest.mark.parametrize(("bits", "middle"), [(8, 128), (8, 0), (4, 8), (4, 0), (2, 2)])
 
@@ -53,6 +53,23 @@ def test_one_number_and_one_scale_are_what_tensors_are_but_for_ties():
 def test_what_is_too_large_is_clamped(offset):
     x = torch.tensor([-torch.inf, -3e38, -1e6, 1e6, 3e38, torch.inf])
     assert byte_codes(x, torch.tensor(1e-3), offset).tolist() == [-128] * 3 + [127] * 3
+
+
+@pytest.mark.parametrize("default", ["meta", torch.float64, torch.bfloat16])
+def test_defaults_of_torch_do_not_matter(default):
+    x, scale = torch.randn(50), torch.tensor(0.02)
+    expected = byte_codes(x, scale, 4)
+    _rounder.cache_clear()
+    if default == "meta":
+        with torch.device("meta"):
+            found = byte_codes(x, scale, 4)
+    else:
+        torch.set_default_dtype(default)
+        try:
+            found = byte_codes(x, scale, 4)
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert torch.equal(found, expected)
 
 
 def test_layouts_of_memory_stay():
