@@ -89,10 +89,15 @@ def code_tiles(codes: Tensor, widest: int = 4) -> Tiles:
     return Tiles(codes, (stride_o // tile, stride_g), per_word, tile, n_words // tile)
 
 
-def n_splits(device: torch.device, programs: int, steps: int, per_processor: int = 4) -> int:
-    """In how many parts to split `steps` of a sum, for some programs on each processor of a GPU."""
+def n_splits(device: torch.device, programs: int, steps: int, per_processor: int = 4, most: int = 64) -> int:
+    """In how many parts, at most, to split `steps` of a sum, for some programs on each processor of a GPU."""
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-    return max(1, min(steps, triton.cdiv(per_processor * processors, max(programs, 1)), 64))
+    return max(1, min(steps, triton.cdiv(per_processor * processors, max(programs, 1)), most, 64))
+
+
+def most_splits(codes: Tensor, rows: int, share: int) -> int:
+    """In how many parts to split, so that the partial sums take one of `share` of the bytes of the codes at most."""
+    return codes.shape[1] * codes.element_size() // (share * 4 * rows)
 
 
 @triton.jit

@@ -12,6 +12,7 @@ from lightning_qnoise.kernels.common import (
     check_input,
     code_of,
     code_tiles,
+    most_splits,
     n_splits,
     product_of_nothing,
     split_tile,
@@ -92,7 +93,8 @@ def pq_gemv(
         codes: As for `pq_decode`.
         codebook: `[K, d]`, which is cast to the dtype of `x`; d is 32 at most.
         bias: Contiguous `[out]` or None.
-        splits: Parts that `in` is divided into; by default as many as fill the GPU.
+        splits: Parts that `in` is divided into; by default as many as fill the GPU and an eighth of the bytes of the
+            codes.
 
     Raises:
         ValueError: A shape or a device does not fit.
@@ -106,7 +108,8 @@ def pq_gemv(
     codebook, tiles = pad_codebook(codebook.to(x.dtype)), code_tiles(codes, 4 if d <= 8 else 1)
     width, block_m = codebook.shape[1], min(triton.next_power_of_2(rows), 4)
     programs, row_tiles = triton.cdiv(n_out, 128), triton.cdiv(rows, block_m)
-    per_split = triton.cdiv(tiles.steps, splits or n_splits(x.device, programs * row_tiles, tiles.steps))
+    most = most_splits(codes, rows, 8)
+    per_split = triton.cdiv(tiles.steps, splits or n_splits(x.device, programs * row_tiles, tiles.steps, most=most))
     splits = triton.cdiv(tiles.steps, per_split)
     partial = x.new_empty(splits, rows, n_out, dtype=torch.float32)
     with torch.cuda.device_of(x):

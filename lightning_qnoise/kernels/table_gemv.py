@@ -12,6 +12,7 @@ from lightning_qnoise.kernels.common import (
     check_input,
     code_of,
     code_tiles,
+    most_splits,
     n_splits,
     product_of_nothing,
     split_tile,
@@ -102,7 +103,7 @@ def pq_table_gemv(
     table_dtype: torch.dtype = torch.float32,
     splits: int | None = None,
 ) -> Tensor:
-    """Return `x W^T + bias`, `[M, out]` in the dtype of `x`; made for M <= 4 and out >= 2K.
+    """Return `x W^T + bias`, `[M, out]` in the dtype of `x`; made for one row and 32 outputs a codeword or more.
 
     The sums are in float32 and in a fixed order. The table takes `M * groups * K` elements.
 
@@ -112,7 +113,7 @@ def pq_table_gemv(
         codebook: `[K, d]`, which is cast to the dtype of `x`; d is 32 at most.
         bias: Contiguous `[out]` or None.
         table_dtype: float32, or float16 for half the traffic and 11 bits of each product.
-        splits: Parts that `in` is divided into; by default as many as fill the GPU.
+        splits: Parts that `in` is divided into; by default as many as fill the GPU and 1/16 of the bytes of the codes.
 
     Raises:
         ValueError: A shape or a device does not fit.
@@ -128,7 +129,8 @@ def pq_table_gemv(
     codebook, tiles = pad_codebook(codebook.to(x.dtype)), code_tiles(codes)
     width, block_o = codebook.shape[1], 256 if n_out > 2048 else 128
     programs, processors = triton.cdiv(n_out, block_o), 512 // block_o
-    per_split = triton.cdiv(tiles.steps, splits or n_splits(x.device, programs * rows, tiles.steps, processors))
+    most = most_splits(codes, rows, 16)
+    per_split = triton.cdiv(tiles.steps, splits or n_splits(x.device, programs * rows, tiles.steps, processors, most))
     splits = triton.cdiv(tiles.steps, per_split)
     table = x.new_empty(rows, groups, k, dtype=table_dtype)
     partial = x.new_empty(splits, rows, n_out, dtype=torch.float32)

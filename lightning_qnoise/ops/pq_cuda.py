@@ -2,8 +2,8 @@
 
 There are four routes, all of which read the codes as they are stored:
 
-- lookup, for a few rows of `x` and many outputs: the products of `x` with every codeword, and a sum of them for every
-  output;
+- lookup, for a row of `x` or a few and so many outputs that its table is small beside the codes: the products of `x`
+  with every codeword, and a sum of them for every output;
 - gemv, for a few rows otherwise: every output decodes its row in registers;
 - gemm: tiles of the weight are decoded into the operands of tensor cores;
 - decode, for the rest: a slice of the weight at a time, in the same buffer, and torch's own product.
@@ -26,13 +26,13 @@ class Rows(NamedTuple):
     gemm: int
 
 
-# Predicted by counts of memory accesses, not measured yet.
+# Predicted by counts of memory accesses, not measured yet; from two outputs a codeword on lookup is thought the faster.
 ROWS = {
     torch.float16: Rows(lookup=4, gemv=15, gemm=256),
     torch.bfloat16: Rows(lookup=4, gemv=15, gemm=256),
     torch.float32: Rows(lookup=4, gemv=16, gemm=0),  # its products do not run on tensor cores
 }
-LOOKUP_OUT = 2  # the fewest outputs per codeword for which lookup wins
+LOOKUP_OUT = 32  # outputs for each codeword and row from which the table takes at most an eighth of the bytes of codes
 KERNEL_BLOCK = 32  # the largest codeword that the kernels of products take
 SLICE_BYTES = 2**25  # of a decoded slice, or of a slice of its gradient
 CODE_DTYPES = (torch.uint8, torch.int16, torch.int32)
@@ -49,13 +49,13 @@ def choose_route(rows: int, n_out: int, n_codewords: int, block_size: int, dtype
         dtype: Of the input, float16, bfloat16 or float32.
 
     Example:
-        >>> [choose_route(rows, 4096, 256, 8, torch.float16) for rows in (1, 5, 16, 257)]
+        >>> [choose_route(rows, 8192, 256, 8, torch.float16) for rows in (1, 2, 16, 257)]
         ['lookup', 'gemv', 'gemm', 'decode']
     """
     most = ROWS[dtype]
     if block_size > KERNEL_BLOCK:
         return "decode"
-    if rows <= most.lookup and n_out >= LOOKUP_OUT * n_codewords:
+    if rows <= most.lookup and n_out >= LOOKUP_OUT * n_codewords * rows:
         return "lookup"
     return "gemv" if rows <= most.gemv else "gemm" if rows <= most.gemm else "decode"
 

@@ -64,7 +64,7 @@ def test_with_triton_the_kernels_serve_a_gpu():
 def test_routes_of_halves(dtype):
     routes = {}
     for rows in range(1, 300):
-        routes.setdefault(choose_route(rows, 512, 256, 8, dtype), []).append(rows)
+        routes.setdefault(choose_route(rows, 2**15, 256, 8, dtype), []).append(rows)
     assert {route: (rows[0], rows[-1], len(rows)) for route, rows in routes.items()} == {
         "lookup": (1, 4, 4),
         "gemv": (5, 15, 11),
@@ -75,7 +75,7 @@ def test_routes_of_halves(dtype):
 
 def test_routes_of_float32():
     """Which leave tensor cores out."""
-    assert [choose_route(rows, 512, 256, 8, torch.float32) for rows in (1, 4, 5, 16, 17, 300)] == [
+    assert [choose_route(rows, 2**15, 256, 8, torch.float32) for rows in (1, 4, 5, 16, 17, 300)] == [
         "lookup",
         "lookup",
         "gemv",
@@ -86,13 +86,14 @@ def test_routes_of_float32():
 
 
 @pytest.mark.parametrize("dtype", [*HALVES, torch.float32])
-def test_few_outputs_make_no_table(dtype):
-    assert [choose_route(1, n_out, 256, 8, dtype) for n_out in (1, 511, 512)] == ["gemv", "gemv", "lookup"]
+def test_a_table_is_made_where_it_is_small_beside_the_codes(dtype):
+    assert [choose_route(1, n_out, 256, 8, dtype) for n_out in (1, 8191, 8192)] == ["gemv", "gemv", "lookup"]
+    assert [choose_route(2, n_out, 256, 8, dtype) for n_out in (8192, 16384)] == ["gemv", "lookup"]
 
 
 @pytest.mark.parametrize("dtype", [*HALVES, torch.float32])
 def test_long_codewords_are_decoded(dtype):
-    assert choose_route(1, 4096, 256, 32, dtype) == "lookup"
+    assert choose_route(1, 8192, 256, 32, dtype) == "lookup"
     assert {choose_route(rows, 4096, 256, 33, dtype) for rows in (1, 8, 64, 999)} == {"decode"}
 
 
