@@ -23,7 +23,7 @@ def int8_conv2d(
             `affine_steps(x, scale, zero_point, bits) * scale`.
         kernel: From `prepare_int8_conv2d`.
         bias: Float `[out]` or None.
-        scale: float32, `[]` for all of `x`, or one per sample, `[n, 1, 1, 1]`.
+        scale: float32, `[]` for all of `x`, or one per sample, `[n, 1, 1, 1]`; the one that the kernel knows, if so.
         zero_point: Whole numbers in `[0, 2**bits)`: float32 of the shape of `scale`, or one number; 0 is the fastest.
         bits: Bits per code of `x`, at most 8.
 
@@ -57,7 +57,8 @@ def _scale_all(x: Tensor, images: Tensor, kernel: Int8Kernel, scale: Tensor, shi
     """Convolve images of one scale; `shift` is `[out]`. oneDNN scales and shifts."""
     if kernel.zeros is not None and shift is not None:
         shift = F.pad(shift, (0, 1))
-    y = onednn.conv2d(images, kernel.matrix, kernel.geometry, kernel.scale * scale, shift)
+    factor = kernel.scale * scale if kernel.factor is None else kernel.factor
+    y = onednn.conv2d(images, kernel.matrix, kernel.geometry, factor, shift)
     if kernel.zeros is None:
         return y.to(x.dtype, memory_format=output_layout(x))
     sums, windows = _split(y)

@@ -24,6 +24,7 @@ class Int8Kernel(NamedTuple):
         zeros: float32 `[out, 1, 1]`: `scale` times the zero points less `2**(bits - 1)`; None if these are zero.
         sizes: Of the images that it is packed for, `(n, channels, height, width)`.
         border: Zeros that the images bring along, left, right, above and below.
+        factor: float32, `scale` times that of the images, where all have one that is known.
     """
 
     matrix: onednn.Packed
@@ -33,6 +34,7 @@ class Int8Kernel(NamedTuple):
     zeros: Tensor | None
     sizes: torch.Size
     border: Sequence[int]
+    factor: Tensor | None = None
 
 
 def prepare_int8_conv2d(
@@ -45,6 +47,7 @@ def prepare_int8_conv2d(
     padding: Sequence[int] = (0, 0, 0, 0),
     dilation: Sequence[int] = (1, 1),
     is_unsigned: bool = False,
+    image_scale: Tensor | None = None,
 ) -> Int8Kernel:
     """Lay out quantized kernels, `(codes - zero_point) * scale`, for `int8_conv2d`.
 
@@ -58,6 +61,7 @@ def prepare_int8_conv2d(
         padding: Zeros around the images, left, right, above and below, as `F.pad` counts them.
         dilation: Down and across.
         is_unsigned: Whether the zero point of the images is 0 at all times. That spares a copy of what is padded.
+        image_scale: float32 `[]`, of all images at all times, if they have one.
 
     Raises:
         ValueError: A kernel is too large for sums in 32 bits, has several scales, or does not fit the images.
@@ -81,7 +85,8 @@ def prepare_int8_conv2d(
         border, packed_for, geometry = (0, 0, 0, 0), sizes, geometry._replace(padding=(above, left))
     matrix = onednn.pack_conv2d(signed, packed_for, geometry)
     scales = scale if zeros is None else F.pad(scale, (0, 1), value=1.0)
-    return Int8Kernel(matrix, geometry, scales, sums * scale, zeros, sizes, border)
+    factor = None if image_scale is None else scales * image_scale
+    return Int8Kernel(matrix, geometry, scales, sums * scale, zeros, sizes, border, factor)
 
 
 def _check(shape: torch.Size, padded: torch.Size, dilation: Sequence[int]) -> None:

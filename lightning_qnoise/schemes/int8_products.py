@@ -68,10 +68,11 @@ class Int8Products(FastConvolutions):
 
     def route_of(self, x: Tensor, layer: nn.Conv2d, grid: Grid | None) -> Route | None:
         """Return a route in integers, where these are possible and faster."""
+        activation = self.scheme.activation
         is_possible = self._can_run_in_integers(x) and int8_backend(x.device.type) == "onednn"
-        if grid is None or isinstance(layer.padding, int) or not is_possible:
+        if grid is None or activation is None or isinstance(layer.padding, int) or not is_possible:
             return super().route_of(x, layer, grid)
-        is_unsigned, border, bits = is_zero(grid[1]), _border(layer), self._bits
+        is_unsigned, border, bits = is_zero(grid[1]), _border(layer), activation.bits
         n_passes = int(any(border) and not is_unsigned)
         if not self._pays(x, layer, n_passes):  # before anything is unpacked
             return super().route_of(x, layer, grid)
@@ -79,7 +80,8 @@ class Int8Products(FastConvolutions):
         if zero_point is not None and not self._pays(x, layer, n_passes + 1):
             return super().route_of(x, layer, grid)
         geometry = x.shape, layer.stride, border, layer.dilation
-        kernel = prepare_int8_conv2d(codes, scale, zero_point, weight_bits, *geometry, is_unsigned)
+        known = grid[0] if activation.mode == "static" else None
+        kernel = prepare_int8_conv2d(codes, scale, zero_point, weight_bits, *geometry, is_unsigned, known)
         self.drop_kernels(x.shape)
 
         def run(x: Tensor, bias: Tensor | None, grid: Grid | None) -> Tensor:

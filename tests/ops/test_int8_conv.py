@@ -98,6 +98,15 @@ def test_more_outputs_than_a_register_holds(n_out, per, symmetric):
         check(x, make_kernel((n_out, 20, 3, 3), symmetric), torch.randn(n_out), make_grid(x, per), padding=(1, 1, 1, 1))
 
 
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_a_scale_that_is_known_before(symmetric):
+    x, scale = torch.randn(2, 3, 5, 6), torch.tensor(0.03)
+    codes, weight_scale, zero_point = kernel = make_kernel((7, 3, 3, 3), symmetric)
+    geometry = (1, 1), (1, 1, 1, 1), (1, 1)
+    known = prepare_int8_conv2d(codes, weight_scale, zero_point, 8, x.shape, *geometry, image_scale=scale)
+    assert torch.equal(int8_conv2d(x, known, None, scale, 77), check(x, kernel, None, (scale, 77), *geometry))
+
+
 @pytest.mark.parametrize("zero_point", [0, 1, 128, 255])
 @each_symmetric
 def test_the_border_counts_as_zero(zero_point, symmetric):
