@@ -40,22 +40,31 @@ def int8_linear(x: Tensor, weight: Int8Weight, bias: Tensor | None, grid: Int8Gr
         tensor([[2.]])
     """
     n_out, n_in = weight.shape
-    rows = x.detach().reshape(-1, x.shape[-1])
+    rows = x.detach().reshape(-1, x.shape[-1]).contiguous()  # `_int_mm` mistakes other strides, even of a single row
     if x.shape[-1] != n_in or (grid.scale.ndim and len(grid.scale) != len(rows)):
         shapes = f"input {list(x.shape)} and {grid.scale.numel()} scales"
         raise ValueError(f"int8_linear expects an input [..., {n_in}] and one scale, or one per row, got {shapes}")
     if not rows.numel():
         return x.new_zeros(*x.shape[:-1], n_out)
     bias = None if bias is None else bias.detach()
-    size = max(16, _BLOCK * torch.get_num_threads() // max(n_in, n_out))
-    is_whole = isinstance(weight.matrix, onednn.Packed) and grid.factor is not None
-    if len(rows) <= size or is_whole or not x.is_cpu:
-        return _product(rows, weight, bias, grid).to(x.dtype).view(*x.shape[:-1], n_out)
-    y = torch.empty(len(rows), n_out, dtype=torch.float32, device="cpu")
+    if len(rows) * max(n_in, n_out) <= _BLOCK or not x.is_cpu:
+        y = _product(rows, weight, bias, grid)
+    else:
+        y = _product_of_slices(rows, weight, bias, grid)
+    y = y if y.dtype is x.dtype else y.to(x.dtype)
+    return y if x.ndim == 2 else y.view(*x.shape[:-1], n_out)
+
+
+def _product_of_slices(rows: Tensor, weight: Int8Weight, bias: Tensor | None, grid: Int8Grid) -> Tensor:
+    """Return `rows @ W.T + bias`, float32, a slice of rows at a time."""
+    size = max(16, _BLOCK * torch.get_num_threads() // max(weight.shape))
+    if len(rows) <= size or (isinstance(weight.matrix, onednn.Packed) and grid.factor is not None):
+        return _product(rows, weight, bias, grid)
+    y = torch.empty(len(rows), weight.shape[0], dtype=torch.float32, device="cpu")
     for start in range(0, len(rows), size):
         part = slice(start, start + size)
         _product(rows[part], weight, bias, grid.rows(part), out=y[part])
-    return y.to(x.dtype).view(*x.shape[:-1], n_out)
+    return y
 
 
 def _product(
@@ -65,7 +74,7 @@ def _product(
 
     With whole numbers, `sum((qx - zx) * (qw - zw)) = sum(qx * qw) - zw * sum(qx) - zx * sum(qw - zw)`.
     """
-    codes = byte_codes(rows, grid.scale, grid.offset, grid.bits, 2 ** (grid.bits - 1)).contiguous()
+    codes = byte_codes(rows, grid.scale, grid.offset, grid.bits, 2 ** (grid.bits - 1))
     sums = None if weight.zero_point is None else _sums(codes)
     if grid.factor is None or grid.shift is None:
         y = _minus(_sums_of_products(codes, weight, out), sums, weight.zero_point)

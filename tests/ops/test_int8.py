@@ -124,6 +124,15 @@ def test_rows_in_blocks_are_the_rows_in_one(backend, grid):
     assert torch.equal(int8_linear(x, weight, None, scale, zero_point), torch.cat(pieces))
 
 
+@each_grid
+@each_symmetric
+def test_a_block_of_one_row_of_a_transposed_input(backend, symmetric, grid, monkeypatch):
+    """Its strides say nothing, and `_int_mm` believes them."""
+    monkeypatch.setattr("lightning_qnoise.ops.int8._BLOCK", 1)  # blocks of 16 rows
+    for x in (torch.randn(24, 17).t(), torch.randn(24, 5).t()[:1], torch.randn(24, 1).t()):
+        check(backend, x, make_weight(7, 24, symmetric), None, make_grid(x, grid))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_blocks_in_another_dtype(backend, dtype):
     x = torch.randn(300, 4096).to(dtype)
