@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from functools import lru_cache
 from typing import Literal, NamedTuple
 
@@ -12,20 +13,22 @@ from lightning_qnoise.ops import onednn
 
 _MAX_IN = 2**31 // (255 * 128) - 1  # the largest sum of products of a byte and a signed one that fits in an int32
 _LEAST_ONEDNN = 2**19  # elements of a matrix: oneDNN's kernels reorder no weight in a call, but take 30 us to start
+_X86 = ("x86_64", "AMD64")
 Backend = Literal["onednn", "int_mm"]
 
 
 @lru_cache
 def int8_backend(device_type: str) -> Backend | None:
-    """Which exact integer kernels a kind of device has: oneDNN's, `torch._int_mm`, or none.
+    """Which integer kernels a kind of device has that are exact and fast: oneDNN's, `torch._int_mm`, or none.
 
-    On a processor without VNNI instructions both saturate in 16 bits and return wrong sums.
+    On a CPU both need VNNI instructions: without these oneDNN's saturate in 16 bits and return wrong sums, which tells,
+    and `torch._int_mm` takes 40 times as long as a product of floats. Of processors other than x86 nothing is known.
 
     Args:
         device_type: `"cpu"`, `"cuda"`, ...
     """
-    if device_type == "cpu" and onednn.is_exact():
-        return "onednn"
+    if device_type == "cpu":
+        return "onednn" if platform.machine() in _X86 and onednn.is_exact() else None
     codes = torch.full((32, 64), 127, dtype=torch.int8, device=device_type)
     try:
         is_exact = bool((torch._int_mm(codes, codes.t().contiguous()) == 64 * 127**2).all())

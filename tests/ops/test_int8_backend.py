@@ -1,5 +1,6 @@
 """Where the integer kernels are found; without the skips of the tests that need them, which ask the same probe."""
 
+import platform
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,17 @@ def test_a_torch_without_them_is_noticed(monkeypatch):
 
     monkeypatch.setattr(onednn, "pack_linear", missing)
     assert not onednn.is_exact()
+
+
+@pytest.mark.parametrize("exact, machine", [(False, "x86_64"), (True, "aarch64")])
+def test_slow_kernels_are_not_chosen(exact, machine, monkeypatch):
+    """Without VNNI `torch._int_mm` is exact, and 40 times as slow as floats."""
+    monkeypatch.setattr(onednn, "is_exact", lambda: exact)
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    int8_backend.cache_clear()
+    found = int8_backend("cpu")
+    int8_backend.cache_clear()
+    assert found is None
 
 
 def test_other_devices():
