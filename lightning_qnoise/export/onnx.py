@@ -41,6 +41,10 @@ def export_onnx(
     bits per tensor DynamicQuantizeLinear, for which ONNX Runtime has integer kernels; any other activation is computed
     as in torch, in floats. A convolution runs as integers where its output is quantized for the next layer.
 
+    On x86 processors without VNNI instructions these kernels saturate sums of 8-bit weights and return wrong products,
+    unless the session is made with `options.add_session_config_entry("session.x64quantprecision", "1")`. Weights of 7
+    bits and fewer are exact everywhere.
+
     Args:
         model: Any module that `torch.export` can trace; it is not changed.
         args: Positional example inputs.
@@ -129,7 +133,24 @@ def _optimize(model: ir.Model, stored: Collection[str]) -> None:
 
     optimizer.optimize_ir(model, should_fold=should_fold)
     settle_convolutions(model.graph)
+    _separate_zero_points(model.graph)
     for simplify in (common.RemoveUnusedNodesPass(), common.ClearMetadataAndDocStringPass()):
         simplify(model)
     for value in model.graph.initializers.values():
         value.metadata_props.clear()
+
+
+def _separate_zero_points(graph: ir.Graph) -> None:
+    """Give every weight zero points of its own, a byte each: ONNX Runtime rewrites them, and fails on shared ones."""
+    import onnx_ir as ir
+
+    seen = set()
+    for node in graph:
+        codes, zeros = node.inputs[0], node.inputs[-1]
+        if node.op_type != "DequantizeLinear" or codes is None or zeros is None or not codes.is_initializer():
+            continue
+        if zeros.name in seen:
+            own = ir.val(f"{node.outputs[0].name}_zero_point", const_value=zeros.const_value)
+            graph.register_initializer(own)
+            node.replace_input_with(2, own)
+        seen.add(zeros.name)
