@@ -15,31 +15,31 @@ import torch
 from torch import nn
 
 from lightning_qnoise.input_noise import InputNoise
-from lightning_qnoise.layers import quantizes_input
+from lightning_qnoise.layers import attend, forward_of, input_names
 from lightning_qnoise.layers.swap import blank, plain_state, readers, retype, stored
 from lightning_qnoise.noise import Kind, WeightNoise
 from lightning_qnoise.schemes import Scheme
 from lightning_qnoise.weights import owners
 
-_NOISES, _OPENS, _INPUT = "_quant_noises", "_quant_noise_opens", "_quant_input_noise"
+_NOISES, _OPENS = "_quant_noises", "_quant_noise_opens"
+_INPUTS, _FORWARD, _HOOK = "_quant_input_noises", "_quant_noise_forward", "_quant_noise_hook"
+_OWN = (_NOISES, _OPENS, _INPUTS, _FORWARD, _HOOK)
 
 
 class NoisyLayer(nn.Module):
     """Mixin of a layer, or of the holder of a layer, whose forward opens the window of its noises."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the layer's own forward, on the noisy input where there is such noise."""
-        noise = self.__dict__[_INPUT]
-        if noise is not None and noise.active and (self.training or noise.in_eval):
-            if args:
-                args = (noise.apply(args[0], self.training), *args[1:])
-            else:
-                kwargs = {**kwargs, "input": noise.apply(kwargs["input"], self.training)}
+        """Run the layer's own forward, on noisy inputs where there is such noise."""
+        inputs = self.__dict__[_INPUTS]
+        if inputs:
+            args, kwargs = _enter(inputs, self.training, args, kwargs)
         opens = self.__dict__[_OPENS]
         for noise in opens:
             noise.window += 1
         try:
-            return super().forward(*args, **kwargs)
+            own = self.__dict__[_FORWARD]
+            return own(self, *args, **kwargs) if own else super().forward(*args, **kwargs)
         finally:
             for noise in opens:
                 noise.window -= 1
@@ -47,7 +47,7 @@ class NoisyLayer(nn.Module):
                     noise.read.clear()
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
-        return blank, (type(self).__bases__[1],), plain_state(self, _NOISES, _OPENS, _INPUT)
+        return blank, (type(self).__bases__[1],), plain_state(self, *_OWN)
 
 
 def attach(model: nn.Module, schemes: Mapping[str, Scheme], kind: Kind = "exact") -> dict[str, WeightNoise]:
@@ -79,7 +79,7 @@ def attach(model: nn.Module, schemes: Mapping[str, Scheme], kind: Kind = "exact"
 
 
 def attach_inputs(model: nn.Module, noises: Mapping[str, InputNoise]) -> None:
-    """Let what enters the layers of the named weights be noised, in place; one noise a layer, the newest.
+    """Let what enters the layers of the named weights be noised, in place; one noise a weight, the newest.
 
     Args:
         model: The model.
@@ -87,11 +87,48 @@ def attach_inputs(model: nn.Module, noises: Mapping[str, InputNoise]) -> None:
     """
     parameters = {name: parameter for name, _, _, parameter in owners(model)}
     of_parameter = {id(parameters[name]): noise for name, noise in noises.items()}
+    takers = input_names(model)
+    noised = set()
     for _, module, attribute, parameter in owners(model):
-        if id(parameter) in of_parameter and quantizes_input(module, attribute):
-            if not isinstance(module, NoisyLayer):
-                _swap(module, {}, ())
-            module.__dict__[_INPUT] = of_parameter[id(parameter)]
+        if id(parameter) in of_parameter and (module, attribute) in takers:
+            noise = of_parameter[id(parameter)]
+            noised.add(module)
+            _inputs(module).update(dict.fromkeys(takers[module, attribute], noise))
+            if noise.in_eval and module.__dict__[_HOOK] is None:
+                module.__dict__[_HOOK] = module.register_forward_pre_hook(_stay)
+    for module in list(model.modules()):
+        if (module, "in_proj_weight") in takers and module.out_proj in noised:  # torch's own would only read it
+            _inputs(module)
+            module.__dict__[_FORWARD] = attend
+
+
+def _stay(module: nn.Module, args: Any) -> None:
+    """In eval mode nn.TransformerEncoderLayer bypasses its layers, but where one has a hook."""
+
+
+def _inputs(module: nn.Module) -> dict[str, InputNoise | None]:
+    """Argument of a layer's forward -> its noise; the layer is made noisy if it is not."""
+    if not isinstance(module, NoisyLayer):
+        _swap(module, {}, ())
+    if not module.__dict__[_INPUTS]:
+        module.__dict__[_INPUTS] = dict.fromkeys(forward_of(module).arguments())
+    return module.__dict__[_INPUTS]
+
+
+def _enter(
+    inputs: Mapping[str, InputNoise | None], in_training: bool, args: tuple, kwargs: dict[str, Any]
+) -> tuple[tuple, dict[str, Any]]:
+    """The arguments of a forward as its layer reads them; one that comes twice stays one (self-attention)."""
+    names = [*inputs]
+    n, given = min(len(args), len(names)), [name for name in names if name in kwargs]
+    values, done = [*args[:n], *(kwargs[name] for name in given)], list[Any]()
+    noises = [inputs[name] for name in (*names[:n], *given)]
+    for place, (noise, x) in enumerate(zip(noises, values, strict=True)):
+        twins = [done[i] for i in range(place) if values[i] is x and noises[i] is noise]
+        if not twins and noise is not None and noise.active and (in_training or noise.in_eval):
+            x = noise.apply(x, in_training)
+        done.append(twins[0] if twins else x)
+    return (*done[:n], *args[n:]), {**kwargs, **dict(zip(given, done[n:], strict=True))}
 
 
 def _holder(modules: Mapping[str, nn.Module], layer: str) -> nn.Module:
@@ -106,14 +143,17 @@ def detach(model: nn.Module) -> None:
     """Give every module of a model its own class back, in place."""
     for module in model.modules():
         if isinstance(module, NoisyLayer):
-            del module.__dict__[_NOISES], module.__dict__[_OPENS], module.__dict__[_INPUT]
+            if module.__dict__[_HOOK] is not None:
+                module.__dict__[_HOOK].remove()
+            for name in _OWN:
+                del module.__dict__[name]
             retype(module, type(module).__bases__[1])
 
 
 def _swap(module: nn.Module, noises: dict[str, WeightNoise], opens: Iterable[WeightNoise]) -> None:
     base = type(module)
     namespace = {"__module__": base.__module__, "__doc__": base.__doc__, **readers(base, noises, _read)}
-    module.__dict__.update({_NOISES: noises, _OPENS: tuple(opens), _INPUT: None})
+    module.__dict__.update({_NOISES: noises, _OPENS: tuple(opens), _INPUTS: {}, _FORWARD: None, _HOOK: None})
     retype(module, type(f"Noisy{base.__name__}", (NoisyLayer, base), namespace))
 
 

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lightning_qnoise.layers import packed_weights
+from lightning_qnoise.layers import calling_projections, input_names, packed_weights
 from lightning_qnoise.moments import InputMoment
 from lightning_qnoise.schemes import Observer, PackedWeight, Scheme
 from lightning_qnoise.weights import owners
@@ -127,11 +127,15 @@ def collecting(model: nn.Module, schemes: Mapping[str, Scheme]) -> Iterator[dict
     needed = {name for name, scheme in schemes.items() if scheme.needs_inputs}
     moments: dict[str, InputMoment] = {}
     first = {id(parameter): name for name, _, _, parameter in reversed(list(owners(model)))}
+    inputs = input_names(model)
     with ExitStack() as stack:
-        for name, module, _, parameter in owners(model):
+        for name, module, attribute, parameter in owners(model):
             if first[id(parameter)] in needed and not isinstance(module, nn.Embedding | nn.EmbeddingBag):
                 moment = moments.setdefault(first[id(parameter)], InputMoment())
-                stack.callback(module.register_forward_pre_hook(moment.hook(name), with_kwargs=True).remove)
+                hook = moment.hook(name, inputs.get((module, attribute), ("input",)))
+                stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        if moments:
+            stack.enter_context(calling_projections(model))
         yield moments
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Container, Mapping
+from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from lightning_qnoise.calibrate import is_static
 from lightning_qnoise.contents import FORMAT, Contents, PackedSpec, read, weight_name, write
 from lightning_qnoise.convert import check_finite
+from lightning_qnoise.layers import PackedAttention
 from lightning_qnoise.policy import Policy, resolve
 from lightning_qnoise.size import tabulate
 from lightning_qnoise.size_table import SizeTable
@@ -49,7 +50,7 @@ def quantize_file(source: Path, target: Path, policy: Policy) -> SizeTable:
     for name, first in contents.tied.items():
         names[first].append(name)
     weights = [
-        Weight(tuple(names[name]), frozenset(), tuple(tensor.shape), tensor.dtype, None, _takes_input(name, names))
+        Weight(tuple(names[name]), frozenset(), tuple(tensor.shape), tensor.dtype, None, _takes_input(name))
         for name, tensor in contents.tensors.items()
         if tensor.is_floating_point()
     ]
@@ -66,12 +67,9 @@ def quantize_file(source: Path, target: Path, policy: Policy) -> SizeTable:
     return file_size(target)
 
 
-def _takes_input(name: str, names: Container[str]) -> bool:
-    """Whether what enters the layer of a weight can be quantized, as far as names tell: not in torch's attention."""
-    layer, _, attribute = name.rpartition(".")
-    holder, _, own = layer.rpartition(".")
-    is_read_only = own == "out_proj" and f"{holder}.in_proj_weight".lstrip(".") in names
-    return attribute == "weight" and not is_read_only
+def _takes_input(name: str) -> bool:
+    """Whether what enters the layer of a weight can be quantized, as far as its name tells."""
+    return name.rpartition(".")[2] in ("weight", *PackedAttention.inputs)
 
 
 def dequantize_file(source: Path, target: Path) -> SizeTable:

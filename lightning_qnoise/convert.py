@@ -11,7 +11,15 @@ from torch import Tensor, nn
 from lightning_qnoise.attach import detach
 from lightning_qnoise.calibrate import calibrate, first_batches, input_moments, is_static
 from lightning_qnoise.contents import weight_name
-from lightning_qnoise.layers import PackedLayer, pack_layer, packed_names, packed_weights, quantizes_input, unpack_layer
+from lightning_qnoise.layers import (
+    PackedLayer,
+    input_names,
+    pack_layer,
+    packed_names,
+    packed_weights,
+    settle_attention,
+    unpack_layer,
+)
 from lightning_qnoise.policy import Policy, resolve
 from lightning_qnoise.schemes import PackedWeight, Scheme
 from lightning_qnoise.sharding import is_sharded
@@ -54,6 +62,7 @@ def quantize(model: _Model, policy: Policy, loader: Iterable[Any] | None = None,
         for _, module, attribute, parameter in before:
             if module._parameters[attribute] is None:
                 unpack_layer(module, attribute, parameter)
+        settle_attention(model)
         raise
 
 
@@ -89,16 +98,18 @@ def pack(model: _Model, packed: Mapping[str, PackedWeight]) -> _Model:
         raise ValueError("the model is sharded over ranks (DTensor), so that no rank can pack it; gather it first")
     parameters = {name: parameter for name, _, _, parameter in entries}
     of_parameter = {id(parameters[name]): weight for name, weight in packed.items()}
+    takers = input_names(model)
     for name, module, attribute, parameter in entries:
         scheme = of_parameter[id(parameter)].scheme if id(parameter) in of_parameter else None
         is_table = isinstance(module, nn.Embedding | nn.EmbeddingBag)
-        if scheme and scheme.activation and not is_table and not quantizes_input(module, attribute):
+        if scheme and scheme.activation and not is_table and (module, attribute) not in takers:
             raise ValueError(f"layer {name!r}: what enters it cannot be quantized; give it a scheme without activation")
     done = set()
     for _, module, attribute, parameter in entries:
         if id(parameter) in of_parameter and (module, attribute) not in done:
             done.add((module, attribute))
             pack_layer(module, attribute, of_parameter[id(parameter)])
+    settle_attention(model)
     return model
 
 
@@ -115,6 +126,7 @@ def dequantize(model: _Model) -> _Model:
         if isinstance(module, PackedLayer):
             for name in packed_names(module):
                 unpack_layer(module, name, parameters[module.packed(name)])
+    settle_attention(model)
     return model
 
 

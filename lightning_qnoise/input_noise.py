@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from lightning_qnoise.layers import on_rows
 from lightning_qnoise.noise import draw_mask
 from lightning_qnoise.schemes import Int, Scheme, dynamic_grid
 from lightning_qnoise.schemes.ranges import affine_decode, affine_grid, find_range, round_trip
@@ -65,6 +66,8 @@ class InputNoise:
 
     def apply(self, x: Tensor, in_training: bool = True) -> Tensor:
         """Return the input as the layer reads it, in its own shape and dtype; only in training ranges follow it."""
+        if x.is_nested:  # which TransformerEncoder makes of padded sequences
+            return on_rows(lambda rows: self.apply(rows, in_training), x)
         if not x.numel():
             return x
         scale, zero_point, is_whole = self._grid(x.detach(), in_training)
@@ -90,7 +93,8 @@ class InputNoise:
                 sample = sample[places]
         seen = torch.stack(find_range(sample.float(), activation.bits, activation.symmetric, activation.range))
         if in_training:
-            self._seen = seen
+            before = seen if self._seen is None else self._seen  # of another input of the layer, in the same batch
+            self._seen = torch.stack([torch.minimum(seen[0], before[0]), torch.maximum(seen[1], before[1])])
         low, high = seen if self.ends is None else self.ends
         return *affine_grid(low, high, activation.bits, activation.symmetric), False
 

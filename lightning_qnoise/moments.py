@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from lightning_qnoise.layers import forward_of
 
 
 class InputMoment:
@@ -17,15 +19,17 @@ class InputMoment:
         self._sum: Tensor | None = None
         self._n = 0
 
-    def hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
-        """Return a forward pre-hook that looks at the input; `name` is for messages."""
+    def hook(self, name: str, inputs: Sequence[str]) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        """Return a forward pre-hook that looks at some arguments; `name` is for messages."""
 
         @torch.no_grad()
         def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            columns = input_columns(module, args[0] if args else kwargs["input"], name)  # [groups, n, cols]
-            added = columns.mT @ columns
-            self._sum = added if self._sum is None else self._sum + added
-            self._n += columns.shape[1]
+            given = dict(zip(forward_of(module).arguments() or ("input",), args, strict=False)) | kwargs
+            for x in {id(given[key]): given[key] for key in inputs}.values():  # self-attention gives one as three
+                columns = input_columns(module, x, name)  # [groups, n, cols]
+                added = columns.mT @ columns
+                self._sum = added if self._sum is None else self._sum + added
+                self._n += columns.shape[1]
 
         return see
 
@@ -44,7 +48,7 @@ def input_columns(module: nn.Module, x: Tensor, name: str) -> Tensor:
     """Return what multiplies the columns of a layer's weight.
 
     Args:
-        module: A Linear or a convolution in one or two dimensions.
+        module: A Linear, attention, or a convolution in one or two dimensions.
         x: Its input.
         name: For messages.
 
@@ -59,11 +63,12 @@ def input_columns(module: nn.Module, x: Tensor, name: str) -> Tensor:
         torch.Size([1, 9, 18])
     """
     x = x.detach().float()
-    if isinstance(module, nn.Linear):
+    if isinstance(module, nn.Linear | nn.MultiheadAttention):
+        x = torch.cat(x.unbind()) if x.is_nested else x
         return x.reshape(1, -1, x.shape[-1])
     if not isinstance(module, nn.Conv1d | nn.Conv2d):
         raise ValueError(
-            f"layer {name!r}: rounding='gptq' knows Linear, Conv1d and Conv2d, not {type(module).__name__}"
+            f"layer {name!r}: rounding='gptq' knows Linear, attention, Conv1d and Conv2d, not {type(module).__name__}"
         )
     if x.ndim == module.weight.ndim - 1:
         x = x[None]

@@ -148,8 +148,8 @@ def _without_input(weight: Weight, scheme: Scheme, strict: bool) -> Scheme:
         return scheme
     if strict and not weight.is_embedding:
         raise ValueError(
-            "its layer is no plain Linear or convolution, so what enters it cannot be quantized; give it a scheme "
-            "with activation=None"
+            "its layer is no plain Linear, convolution or attention, so what enters it cannot be quantized; give it a "
+            "scheme with activation=None"
         )
     return replace(scheme, activation=None)  # type: ignore[type-var]
 
@@ -163,8 +163,8 @@ def _warn_changed(decisions: list[Decision]) -> None:
     kept = [d.weight.name for d in decisions if _lost_activation(d)]
     if kept:
         warnings.warn(
-            f"what enters {', '.join(kept)} stays float, since only a plain Linear or convolution can quantize its "
-            f"input; their weights are quantized",
+            f"what enters {', '.join(kept)} stays float, since only a plain Linear, a convolution or attention can "
+            f"quantize its input; their weights are quantized",
             stacklevel=1,
         )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lightning_qnoise.layers import quantizes_input
+from lightning_qnoise.layers import input_names
 from lightning_qnoise.schemes import PackedWeight
 from lightning_qnoise.sharding import is_cut_in_rows
 
@@ -98,10 +98,13 @@ def list_weights(model: nn.Module) -> list[Weight]:
     found: dict[int, list[tuple[str, nn.Module, str, nn.Parameter]]] = {}
     for entry in owners(model):
         found.setdefault(id(entry[3]), []).append(entry)
-    return [_weight(entries) for entries in found.values()]
+    takers = input_names(model)
+    return [_weight(entries, takers) for entries in found.values()]
 
 
-def _weight(entries: list[tuple[str, nn.Module, str, nn.Parameter]]) -> Weight:
+def _weight(
+    entries: list[tuple[str, nn.Module, str, nn.Parameter]], takers: Container[tuple[nn.Module, str]]
+) -> Weight:
     parameter = entries[0][3]
     lazy = is_lazy(parameter)
     return Weight(
@@ -112,7 +115,7 @@ def _weight(entries: list[tuple[str, nn.Module, str, nn.Parameter]]) -> Weight:
         obstacle="is not initialized yet: run one batch through the model first"
         if lazy
         else next(filter(None, (_obstacle(module, parameter) for _, module, _, parameter in entries)), None),
-        takes_input=any(quantizes_input(module, attribute) for _, module, attribute, _ in entries),
+        takes_input=any((module, attribute) in takers for _, module, attribute, _ in entries),
     )
 
 

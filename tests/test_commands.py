@@ -52,16 +52,15 @@ def test_a_dynamic_activation_goes_into_the_file(tmp_path):
 
 
 @pytest.mark.parametrize("wrap", [nn.Identity, nn.Sequential])
-def test_what_enters_attention_stays_float(tmp_path, wrap):
+def test_what_enters_attention_is_quantized_too(tmp_path, wrap):
     def make():
         attention = nn.MultiheadAttention(64, 4)
         return attention if wrap is nn.Identity else nn.Sequential(attention)
 
     torch.save({"state_dict": make().state_dict()}, tmp_path / "a.ckpt")
-    with pytest.warns(UserWarning, match=r"in_proj_weight, .*out_proj.weight stays float"):
-        quantize_file(tmp_path / "a.ckpt", tmp_path / "a.safetensors", "ipq+int8")
+    quantize_file(tmp_path / "a.ckpt", tmp_path / "a.safetensors", "ipq+int8")
     loaded = load(make(), tmp_path / "a.safetensors")
-    assert {weight.scheme.activation for _, weight in packed_weights(loaded)} == {None}
+    assert [weight.scheme.activation for _, weight in packed_weights(loaded)] == [Int(8), Int(8)]
 
 
 def test_quantize_file_equals_quantize_and_save(tmp_path):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from attention import WIDTH, attention, formula, inputs, parts_of
 from torch import nn
 
 from lightning_qnoise import Int
@@ -99,15 +100,38 @@ def test_a_grouped_convolution_has_a_moment_a_group():
     assert see(nn.Conv1d(6, 6, 1, groups=6), [x[:, :, 0]]).shape == (6, 1, 1)
 
 
+@pytest.mark.parametrize("by_name", [False, True])
+@pytest.mark.parametrize("kind", ["self", "memory", "three"])
+def test_attention_has_moments_of_its_inputs_and_of_what_it_makes_of_the_values(kind, by_name):
+    module = attention(batch_first=True)
+    model, arguments, seen = nn.Sequential(module), inputs(module, kind), []
+    formula(
+        *arguments, *parts_of(module), dict.fromkeys(["q", "k", "v", "out"], lambda x: seen.append(x) or x.double())
+    )
+    scheme = Int(4, rounding="gptq")
+    with collecting(model, {"0.in_proj_weight": scheme, "0.out_proj.weight": scheme}) as moments:
+        module(**dict(zip(("query", "key", "value"), arguments, strict=True))) if by_name else module(*arguments)
+    assert "forward" not in vars(module)
+    distinct = {id(x): x for x in arguments}.values()
+    for name, rows in (
+        ("in_proj_weight", torch.cat([x.flatten(0, 1) for x in distinct])),
+        ("out_proj.weight", seen[-1]),
+    ):
+        rows = rows.reshape(-1, WIDTH).double()
+        torch.testing.assert_close(moments[f"0.{name}"].mean(name), (rows.T @ rows / len(rows)).float())
+
+
 def test_no_input_is_an_error_that_names_the_layer():
-    for inputs in ([], [torch.empty(0, 6)]):
+    for nothing in ([], [torch.empty(0, 6)]):
         with pytest.raises(ValueError, match="layer 'layer': no input has reached it"):
-            see(nn.Linear(6, 4), inputs)
+            see(nn.Linear(6, 4), nothing)
 
 
 @pytest.mark.parametrize(
     "module", [nn.Conv3d(2, 2, 1), nn.ConvTranspose1d(2, 2, 1), nn.ConvTranspose2d(2, 2, 1), nn.Bilinear(2, 2, 2)]
 )
 def test_other_layers_are_refused_by_name(module):
-    with pytest.raises(ValueError, match=rf"layer 'a\.b': .*Linear, Conv1d and Conv2d, not {type(module).__name__}"):
+    with pytest.raises(
+        ValueError, match=rf"layer 'a\.b': .*Linear, attention, Conv1d and Conv2d, not {type(module).__name__}"
+    ):
         input_columns(module, torch.randn(1, 2, 3, 3), "a.b")

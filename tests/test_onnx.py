@@ -187,6 +187,25 @@ def test_static_activations_of_an_mlp():
     assert operators["MatMulIntegerToFloat"] + operators["QLinearMatMul"] + operators["QGemm"] == 3
 
 
+class Attending(nn.Module):
+    """Masked self-attention, then attention to a memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.own, self.other = (nn.MultiheadAttention(24, 2, batch_first=True) for _ in range(2))
+
+    def forward(self, x):
+        mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1])
+        y = self.own(x, x, x, attn_mask=mask, is_causal=True, need_weights=False)[0]
+        return self.other(y, x, x)[0]
+
+
+def test_static_activations_of_attention():
+    """Both projections of the first and `out_proj` of the second; what multiplies a memory is in floats."""
+    operators = static_error(Attending().eval(), {"*": Int(8, activation=STATIC)}, torch.randn(32, 5, 24), 0.9)
+    assert operators["MatMulIntegerToFloat"] + operators["QLinearMatMul"] == 3
+
+
 def test_weights_with_equal_zero_points():
     """ONNX Runtime rewrites zero points, each by its name, and fails where two weights share one."""
     layers = [nn.Linear(16, 16) for _ in range(3)]

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from lightning_qnoise import PQ, Int, load, quantize, save
+from lightning_qnoise.layers import packed_weights
 from lightning_qnoise.policy import as_mapping, from_json, resolve, to_json
 from lightning_qnoise.presets import PRESETS
 from lightning_qnoise.schemes import Scheme
@@ -29,8 +30,7 @@ class Net(nn.Module):
         return self.head(self.rnn(self.attn(x, x, x)[0])[0])
 
 
-PLAIN = {"conv.weight", "head.weight"}
-ATTENTION = {"attn.in_proj_weight", "attn.out_proj.weight"}
+TAKING = {"conv.weight", "attn.in_proj_weight", "attn.out_proj.weight", "head.weight"}
 RECURRENT = {"rnn.weight_ih_l0", "rnn.weight_hh_l0"}
 IDS = torch.arange(12).view(2, 6)
 A8 = Int(8, activation=Int(8))
@@ -42,10 +42,10 @@ def test_what_has_no_plain_input_keeps_it_float_with_one_warning(policy):
         schemes = resolve(Net(), policy)
     assert len(caught) == 1
     text = str(caught[0].message)
-    assert all(name in text for name in ATTENTION | RECURRENT)
-    assert not any(name in text for name in (*PLAIN, "embed"))
-    assert set(schemes) == PLAIN | ATTENTION | RECURRENT | {"embed.weight"}
-    assert {name for name, scheme in schemes.items() if scheme.activation} == PLAIN
+    assert all(name in text for name in RECURRENT)
+    assert not any(name in text for name in (*TAKING, "embed"))
+    assert set(schemes) == TAKING | RECURRENT | {"embed.weight"}
+    assert {name for name, scheme in schemes.items() if scheme.activation} == TAKING
 
 
 def test_a_table_loses_its_activation_silently():
@@ -60,14 +60,14 @@ def test_a_table_loses_its_activation_silently():
     assert resolve(model, {"*": A8}) == {"0.weight": Int(8), "1.weight": A8}
 
 
-@pytest.mark.parametrize("name", ["attn.out_proj", "attn", "rnn.weight_ih_l0", "rnn"])
+@pytest.mark.parametrize("name", ["rnn.weight_ih_l0", "rnn"])
 def test_a_mapping_is_strict_and_names_the_layer(name):
-    pattern = rf"layer '{name.split('.')[0]}\..*': its layer is no plain Linear or convolution.*activation=None"
+    pattern = r"layer 'rnn\..*': its layer is no plain Linear, convolution or attention.*activation=None"
     with pytest.raises(ValueError, match=pattern):
         resolve(Net(), {name: A8})
     with pytest.raises(ValueError, match="no plain Linear"):
         resolve(Net(), {"*": A8})
-    assert set(resolve(Net(), {name: Int(8)})) <= ATTENTION | RECURRENT
+    assert set(resolve(Net(), {name: Int(8)})) <= RECURRENT
 
 
 def test_a_subclass_with_its_own_forward_has_no_plain_input():
@@ -113,10 +113,7 @@ def test_a_model_with_every_kind_of_layer(policy, tmp_path):
     model = quantize(Net().eval(), policy, loader=[IDS])
     out = model(IDS)
     assert (out - expected).norm() / expected.norm() < 0.6
-    assert [name for name, m in model.named_modules() if getattr(getattr(m, "scheme", None), "activation", None)] == [
-        "conv.weight",
-        "head.weight",
-    ]
+    assert {name for name, packed in packed_weights(model) if packed.scheme.activation} == TAKING
     save(model, tmp_path / "m.safetensors")
     assert torch.equal(load(Net().eval(), tmp_path / "m.safetensors")(IDS), out)
 

@@ -1,13 +1,15 @@
 """How a layer holds a packed weight: scheme-agnostic, for every module by a property, for some with a forward."""
 
-from lightning_qnoise.layers.attention import PackedAttention
+from lightning_qnoise.layers.arguments import on_rows
+from lightning_qnoise.layers.attend import attend
+from lightning_qnoise.layers.attention import PackedAttention, calling_projections, input_names, settle_attention
 from lightning_qnoise.layers.base import (
     PackedLayer,
+    forward_of,
     pack_layer,
     packed_names,
     packed_weights,
     packs,
-    quantizes_input,
     unpack_layer,
 )
 from lightning_qnoise.layers.conv import PackedConv
@@ -20,10 +22,15 @@ __all__ = [
     "PackedEmbedding",
     "PackedLayer",
     "PackedLinear",
+    "attend",
+    "calling_projections",
+    "forward_of",
+    "input_names",
+    "on_rows",
     "pack_layer",
     "packed_names",
     "packed_weights",
     "packs",
-    "quantizes_input",
+    "settle_attention",
     "unpack_layer",
 ]

@@ -6,7 +6,7 @@ that hands the packed weight the whole product instead, so that a scheme with a 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor, nn
@@ -26,12 +26,20 @@ class PackedLayer(nn.Module):
     (`trainer.test(ckpt_path="best")`) loads into the packed model.
 
     Attributes:
-        quantizes_input: Whether its forward hands the input to `PackedWeight.quantize_input`.
-        parameter: The parameter that is packed where its forward is used.
+        inputs: Of each parameter that can quantize what enters it, those arguments of the forward.
     """
 
-    quantizes_input: ClassVar[bool] = False
-    parameter: ClassVar[str] = "weight"
+    inputs: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+
+    @classmethod
+    def arguments(cls) -> tuple[str, ...]:
+        """Return those arguments in the order of the forward."""
+        return tuple(dict.fromkeys(name for names in cls.inputs.values() for name in names))
+
+    @classmethod
+    def serves(cls, names: Collection[str]) -> bool:
+        """Whether its forward works where the parameters `names` are packed."""
+        return "weight" in names
 
     def packed(self, name: str) -> PackedWeight:
         """Return the packed weight behind the attribute `name`."""
@@ -59,8 +67,6 @@ class PackedLayer(nn.Module):
 def packs(layer: type[nn.Module]) -> Callable[[_Layer], _Layer]:
     """Register the packed counterpart of a layer class: used for it and for subclasses that keep its forward.
 
-    It stands in where its `parameter` is packed, by default `weight`.
-
     Example:
         >>> @packs(nn.Bilinear)
         ... class PackedBilinear(PackedLayer):
@@ -75,11 +81,9 @@ def packs(layer: type[nn.Module]) -> Callable[[_Layer], _Layer]:
     return register
 
 
-def quantizes_input(module: nn.Module, name: str) -> bool:
-    """Whether a module, once `name` is packed, can quantize what enters it."""
-    base = own_class(module)
-    is_called = base.__name__ != "NonDynamicallyQuantizableLinear"  # the out_proj that torch's attention only reads
-    return name == "weight" and is_called and _FORWARDS.get(base.forward, PackedLayer).quantizes_input
+def forward_of(module: nn.Module) -> type[PackedLayer]:
+    """Return whose forward a module has once it is packed."""
+    return _FORWARDS.get(own_class(module).forward, PackedLayer)
 
 
 def packed_names(module: nn.Module) -> tuple[str, ...]:
@@ -102,25 +106,29 @@ def packed_weights(model: nn.Module) -> Iterator[tuple[str, PackedWeight]]:
 
 def pack_layer(module: nn.Module, name: str, packed: PackedWeight) -> None:
     """Exchange the Parameter `module.name` for a packed weight, in place."""
-    base = _base(module) if isinstance(module, PackedLayer) else type(module)
     children = {**module._modules, name: packed}
     module._parameters[name] = None  # keeps the Parameter's place in the order
     module._modules.clear()
     module._modules.update({key: children.pop(key) for key in module._parameters if key in children})
     module._modules.update(children)  # after the packed weights, as they come after the Parameters
     module.__dict__.pop("_flat_weights", None)  # a recurrent layer's own references to its Parameters
-    module.__class__ = _packed_class(base, packed_names(module))
+    set_packed(module, True)
 
 
 def unpack_layer(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
     """Exchange the packed weight `module.name` for a Parameter, in place."""
-    base = _base(module)
     del module._modules[name]
     module._parameters[name] = parameter
     names = packed_names(module)
-    module.__class__ = _packed_class(base, names) if names else base
+    set_packed(module, bool(names))
     if isinstance(module, nn.RNNBase) and not names:
         module._flat_weights = [getattr(module, n) for n in module._flat_weights_names]
+
+
+def set_packed(module: nn.Module, is_packed: bool) -> None:
+    """Give a module the class of a packed layer with its packed weights, if any, or its own class back, in place."""
+    base = _base(module) if isinstance(module, PackedLayer) else type(module)
+    module.__class__ = _packed_class(base, packed_names(module)) if is_packed else base
 
 
 def _base(layer: nn.Module) -> type[nn.Module]:
@@ -138,7 +146,7 @@ def _packed_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Modu
     key = (base, names)
     if key not in _CLASSES:
         mixin = _FORWARDS.get(base.forward, PackedLayer)
-        mixin = mixin if mixin.parameter in names else PackedLayer
+        mixin = mixin if mixin.serves(names) else PackedLayer
         namespace = {"__module__": base.__module__, **readers(base, names, _decoded)}
         _CLASSES[key] = type(f"Packed{base.__name__}", (mixin, base), namespace)
     return _CLASSES[key]

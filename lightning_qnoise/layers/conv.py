@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
 
@@ -18,7 +18,7 @@ from lightning_qnoise.layers.base import PackedLayer, packs
 class PackedConv(PackedLayer):
     """A convolution whose weight is packed."""
 
-    quantizes_input = True
+    inputs: ClassVar = {"weight": ("input",)}
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return what the convolution returns, with the decoded weight."""

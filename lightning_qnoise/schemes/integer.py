@@ -41,7 +41,7 @@ class Int(Scheme):
         range: What the integers cover, see `find_range`; `"lsq"` is learned in finetuning stages. Other ranges than
             `"minmax"` stay as they were fitted while the weight moves, until the next refresh of the noise; what leaves
             them is clamped and gets no gradient.
-        activation: The scheme of what enters the layer (Linear and convolutions; an Embedding has ids), or None.
+        activation: The scheme of what enters the layer (Linear, convolution, attention; an Embedding has ids), or None.
         rounding: `"nearest"`, or `"gptq"` with a compensation of each column's error that needs data (Frantar et
             al. 2023); for packing in one shot.
         mode: Of an activation: `"dynamic"` finds the range in every input, `"static"` keeps the one of calibration.

@@ -155,12 +155,12 @@ def test_a_stage_sees_quantized_inputs_in_training_and_validation():
 
     class Count(Net):
         def forward(self, x):
-            if isinstance(self.fc, NoisyLayer) and self.fc.__dict__["_quant_input_noise"] is not None:
+            if isinstance(self.fc, NoisyLayer) and self.fc.__dict__["_quant_input_noises"]:
                 hidden = []
                 handle = self.fc.register_forward_hook(lambda m, args, out: hidden.append(out))
                 super().forward(x[:1])
                 handle.remove()
-                noise = self.fc.__dict__["_quant_input_noise"]
+                noise = self.fc.__dict__["_quant_input_noises"]["input"]
                 values[self.training].append(len(noise.apply(x[:1], False).unique()))
                 torch.testing.assert_close(hidden[0], F.linear(noise.apply(x[:1], False), self.fc.weight, self.fc.bias))
             return super().forward(x)

@@ -1,4 +1,4 @@
-"""Attention whose input projection is packed is torch's own with the decoded weight, only laid out for one product."""
+"""Attention with packed weights alone is torch's own with the decoded ones, fused or not."""
 
 import copy
 
@@ -42,7 +42,8 @@ def test_self_attention(n, batch_first, need_weights, grad):
     attention, plain = packed(batch_first=batch_first)
     x = torch.randn((n, LENGTH, WIDTH) if batch_first else (LENGTH, n, WIDTH))
     with torch.set_grad_enabled(grad):
-        same(attention(x, x, x, need_weights=need_weights), plain(x, x, x, need_weights=need_weights))
+        found, expected = (module(x, x, x, need_weights=need_weights) for module in (attention, plain))
+    same(found if n else found[:1], expected if n else expected[:1])  # torch's kernel has no weights of no sequences
 
 
 @pytest.mark.parametrize("options", [{}, {"bias": False}, {"add_bias_kv": True}, {"add_zero_attn": True}])
