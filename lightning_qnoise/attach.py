@@ -121,8 +121,8 @@ def _enter(
     """The arguments of a forward as its layer reads them; one that comes twice stays one (self-attention)."""
     names = [*inputs]
     n, given = min(len(args), len(names)), [name for name in names if name in kwargs]
-    values, done = [*args[:n], *(kwargs[name] for name in given)], list[Any]()
-    noises = [inputs[name] for name in (*names[:n], *given)]
+    values, noises = [*args[:n], *(kwargs[name] for name in given)], [inputs[name] for name in (*names[:n], *given)]
+    done: list[Any] = []
     for place, (noise, x) in enumerate(zip(noises, values, strict=True)):
         twins = [done[i] for i in range(place) if values[i] is x and noises[i] is noise]
         if not twins and noise is not None and noise.active and (in_training or noise.in_eval):

@@ -17,12 +17,17 @@ def attention(**options):
 
 
 def inputs(module, kind, batched=True):
-    """Query, key and value: of one tensor, of two, or of three."""
+    """Query, key and value: of one tensor, of two (the keys are the values, or the queries), or of three."""
     shapes = [(QUERIES, WIDTH), (KEYS, module.kdim), (KEYS, module.vdim)]
     if batched:
         shapes = [(N, n, width) if module.batch_first else (n, N, width) for n, width in shapes]
     query, key, value = (torch.randn(shape) for shape in shapes)
-    return {"self": (query, query, query), "memory": (query, key, key), "three": (query, key, value)}[kind]
+    return {
+        "self": (query, query, query),
+        "memory": (query, key, key),
+        "values": (query, query, query + 1),
+        "three": (query, key, value),
+    }[kind]
 
 
 def on_grid(x, scale, zero_point, bits=8):

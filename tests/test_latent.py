@@ -125,9 +125,9 @@ def test_training_is_that_of_explicit_leaves(task, make):
     for got, expected in zip(ours, train_explicit(twin, name, held.packed, make, inputs, 100), strict=True):
         shown, latent, codebook, codes = expected
         assert torch.equal(held.codes, codes)
-        assert (got - shown).abs().max() < 1e-6
-        assert (held.latent - latent).abs().max() < 1e-6
-        assert (held.codebook - codebook).abs().max() < 1e-6
+        assert (got - shown).abs().max() < 3e-6
+        assert (held.latent - latent).abs().max() < 3e-6
+        assert (held.codebook - codebook).abs().max() < 3e-6
     assert not torch.equal(held.codes, first)
     assert (held.latent - start).abs().max() > 0.03
     for (other, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
@@ -155,8 +155,8 @@ def test_training_of_integers_is_that_of_an_explicit_leaf(scheme, make):
         weight = shown() + (latent - latent.detach())
         loss_of(functional_call(twin, {"0.weight": weight}, ROWS[i % len(ROWS)])).backward()
         optimizer.step()
-        assert (got - shown()).abs().max() < 1e-6
-        assert (held.latent - latent).abs().max() < 1e-6
+        assert (got - shown()).abs().max() < 3e-6
+        assert (held.latent - latent).abs().max() < 3e-6
     assert not torch.equal(got, before)
     assert torch.equal(held.pack().decode(), got)
 

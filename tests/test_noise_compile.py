@@ -76,12 +76,14 @@ def test_compiled_gradients_equal_the_eager_ones():
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize("activation", [Int(4), Int(4, mode="static"), Int(4, mode="static", range="mse")])
-def test_noise_on_inputs_takes_the_whole_graph(activation, graphs):
-    model = mlp()
+@pytest.mark.parametrize("make", [mlp, Attention])
+def test_noise_on_inputs_takes_the_whole_graph(make, activation, graphs):
+    model = make()
     schemes = resolve(model, Int(8, activation=activation))
     shapes = {name: weight.shape for name, weight in model.named_parameters()}
     compiled = torch.compile(model, backend=graphs, fullgraph=True)
-    plain = compiled(X)
+    x = X if make is mlp else X.view(1, 4, 16)
+    plain = compiled(x)
     ours, eager = InputNoises(schemes, shapes), InputNoises(schemes, shapes)
     seen = []
     for step in range(6):
@@ -89,7 +91,7 @@ def test_noise_on_inputs_takes_the_whole_graph(activation, graphs):
         for noises, run in ((ours, compiled), (eager, model)):
             attach_inputs(model, noises.of)
             noises.draw(0.3 + 0.1 * step, torch.Generator().manual_seed(step))
-            outputs.append(run(X * (1 + step)))
+            outputs.append(run(x * (1 + step)))
         torch.testing.assert_close(*outputs)
         assert not torch.equal(outputs[0], plain)
         seen.append(graphs.count)

@@ -39,11 +39,9 @@ def export_onnx(
     bits where they have four or fewer, PQ weights as codes (half a byte, a byte or two bytes each) and their codebook;
     tied weights once. A static activation of 8 bits becomes QuantizeLinear and DequantizeLinear, a dynamic one of 8
     bits per tensor DynamicQuantizeLinear, for which ONNX Runtime has integer kernels; any other activation is computed
-    as in torch, in floats. A convolution runs as integers where its output is quantized for the next layer.
-
-    On x86 processors without VNNI instructions these kernels saturate sums of 8-bit weights and return wrong products,
-    unless the session is made with `options.add_session_config_entry("session.x64quantprecision", "1")`. Weights of 7
-    bits and fewer are exact everywhere.
+    as in torch, in floats. A convolution runs as integers where its output is quantized for the next layer. On x86
+    processors without VNNI these kernels saturate and return wrong products of 8-bit weights, unless the session has
+    `options.add_session_config_entry("session.x64quantprecision", "1")`; of 7 bits they are exact everywhere.
 
     Args:
         model: Any module that `torch.export` can trace; it is not changed.

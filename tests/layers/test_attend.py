@@ -45,7 +45,7 @@ OPTIONS = [{}, {"bias": False, "add_zero_attn": True}, {"add_bias_kv": True, "ad
 @pytest.mark.parametrize("batch_first", [False, True])
 def test_it_is_torchs(options, training, batch_first):
     module = attention(batch_first=batch_first, dropout=0.3, **options).train(training)
-    kinds = ["three"] if "kdim" in options else ["self", "memory", "three"]
+    kinds = ["three"] if "kdim" in options else ["self", "memory", "values", "three"]
     for kind, batched, mask, (need, average) in product(
         kinds,
         [True, False],
@@ -61,12 +61,14 @@ def test_it_is_torchs(options, training, batch_first):
         same(attend(module, query, key, value, **settings), expected)
 
 
+@pytest.mark.parametrize(("n", "padded"), [(0, False), (1, False), (N, False), (N, True)])
 @pytest.mark.parametrize("need_weights", [False, True])
-@pytest.mark.parametrize("n", [0, 1, N])
-def test_causal_and_empty(n, need_weights):
+def test_causal_and_empty(n, need_weights, padded):
     module, x = attention(batch_first=True), torch.randn(n, QUERIES, WIDTH)
     mask = nn.Transformer.generate_square_subsequent_mask(QUERIES)
     settings = {"attn_mask": mask, "is_causal": True, "need_weights": need_weights}
+    if padded:
+        settings["key_padding_mask"] = torch.zeros(n, QUERIES).masked_fill(torch.arange(QUERIES) > 2, -torch.inf)
     same(attend(module, x, x, x, **settings), module(x, x, x, **settings))
 
 
@@ -253,11 +255,26 @@ def test_gptq_of_an_encoder_of_padded_sequences():
     assert errors["gptq"] < 0.75 * errors["nearest"]
 
 
-def test_nested_cross_attention_is_refused():
-    module = quantize(nn.Sequential(attention(batch_first=True)), {"*": A8})[0]
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:.*nested tensors is in prototype")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged], ids=str)
+@pytest.mark.parametrize("scheme", [A8, Int(8), PQ(4, 16)], ids=str)
+def test_a_linear_layer_of_nested_sequences(scheme, layout):
+    model = quantize(nn.Sequential(nn.Linear(WIDTH, 8)), {"*": scheme})
+    parts = [torch.randn(n, WIDTH) for n in (3, 1, 4)]
+    found = model(torch.nested.as_nested_tensor(parts, layout=layout))
+    assert found.is_nested and found.layout is layout
+    same(found.unbind(), [model(part) for part in parts])
+
+
+@pytest.mark.filterwarnings("ignore:.*nested tensors is in prototype")
+@pytest.mark.parametrize("case", ["cross", "positions first", "padding"])
+def test_other_nested_inputs_are_refused(case):
+    module = quantize(nn.Sequential(attention(batch_first=case != "positions first")), {"*": A8})[0]
     x = torch.nested.nested_tensor([torch.randn(3, WIDTH)])
+    padding = torch.zeros(1, 3, dtype=torch.bool) if case == "padding" else None
     with pytest.raises(ValueError, match=r"nested tensors are for self-attention .*to_padded_tensor"):
-        module(x, x, x + x)
+        module(x, x, x + x if case == "cross" else x, key_padding_mask=padding)
 
 
 def test_gradients_pass_straight_through():
