@@ -1,9 +1,9 @@
 """What integer execution gains: the time of a model in float32 over that of the model packed as int8.
 
-Large Linear layers and convolutions with quantized inputs run in integers, small ones and attention's own projections
-in floats (`set_memory(model, "fast")`). Of the "folded" convnet, torch.fx folds every BatchNorm into a convolution
-before it is packed; the float32 model that it is compared with keeps them, and the row "float32 folded" is that of the
-folded one in floats.
+Large Linear layers, projections of self-attention and convolutions with quantized inputs run in integers, small ones in
+floats (`set_memory(model, "fast")`), and on processors without VNNI instructions all of them. Of the "folded" convnet,
+torch.fx folds every BatchNorm into a convolution before it is packed; the float32 model that it is compared with keeps
+them, and the row "float32 folded" is that of the folded one in floats.
 
 `python benchmarks/int8_speed.py` prints a row per model, batch and route and writes `results/int8_speed.csv` here.
 Everything runs on one thread, and its processor time is counted: the models take turns, each with a few calls in a

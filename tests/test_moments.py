@@ -73,11 +73,11 @@ def test_columns_are_float32_and_without_a_graph(dtype):
     assert columns.dtype == torch.float32 and not columns.requires_grad
 
 
-def see(module, inputs):
-    with collecting(nn.Sequential(module), {"0.weight": Int(4, rounding="gptq")}) as moments:
+def see(module, inputs, name="0.weight"):
+    with collecting(nn.Sequential(module), {name: Int(4, rounding="gptq")}) as moments:
         for x in inputs:
             module(x)
-    return moments["0.weight"].mean("layer")
+    return moments[name].mean("layer")
 
 
 def test_the_moment_is_the_mean_over_all_inputs():
@@ -119,6 +119,13 @@ def test_attention_has_moments_of_its_inputs_and_of_what_it_makes_of_the_values(
     ):
         rows = rows.reshape(-1, WIDTH).double()
         torch.testing.assert_close(moments[f"0.{name}"].mean(name), (rows.T @ rows / len(rows)).float())
+
+
+def test_a_forward_that_was_set_on_attention_stays():
+    module = attention(batch_first=True)
+    own = module.forward = lambda x: x
+    assert torch.equal(see(module, [torch.ones(2, 3, WIDTH)], "0.in_proj_weight"), torch.ones(WIDTH, WIDTH))
+    assert module.forward is own
 
 
 def test_no_input_is_an_error_that_names_the_layer():

@@ -84,6 +84,17 @@ def test_a_running_range_covers_query_key_and_value():
         torch.testing.assert_close(noise.ends, ends if before is None else before.lerp(ends, 0.1))
 
 
+def test_keys_that_are_the_values_have_two_ranges_where_they_have_two_projections():
+    model, query = nn.ModuleList([attention(batch_first=True, kdim=12, vdim=12)]), torch.randn(N, QUERIES, WIDTH)
+    noises, memory = noised(model, {"*": STATIC}), torch.randn(N, KEYS, 12)
+    plain = copy.deepcopy(model)[0](query, memory, memory)[0]
+    assert not torch.equal(model[0](query, memory, memory)[0], plain)
+    noises.follow()
+    assert all(noise.ends is not None for noise in noises.of.values()) and len(noises.of) == 4
+    noises.stop()
+    torch.testing.assert_close(model[0](query, memory, memory)[0], plain)
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("scheme", [A8, STATIC], ids=str)
 def test_recomputation_sees_the_same_noise(scheme, reentrant):
@@ -162,3 +173,4 @@ def test_evaluation_within_a_stage_is_that_of_the_packed_model(padded):
     assert (found - expected).norm() < 0.05 * (floats - expected).norm()
     detach(model)
     assert torch.equal(model(x, **options), floats)
+    assert not any(module._forward_pre_hooks for module in model.modules())
