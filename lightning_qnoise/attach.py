@@ -8,8 +8,9 @@ Masks are drawn outside the graph, so recomputation under activation checkpointi
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -22,8 +23,8 @@ from lightning_qnoise.schemes import Scheme
 from lightning_qnoise.weights import owners
 
 _NOISES, _OPENS = "_quant_noises", "_quant_noise_opens"
-_INPUTS, _FORWARD, _HOOK = "_quant_input_noises", "_quant_noise_forward", "_quant_noise_hook"
-_OWN = (_NOISES, _OPENS, _INPUTS, _FORWARD, _HOOK)
+_INPUTS, _CALLED, _HOOK = "_quant_input_noises", "_quant_noise_called", "_quant_noise_hook"
+_OWN = (_NOISES, _OPENS, _INPUTS, _CALLED, _HOOK)
 
 
 class NoisyLayer(nn.Module):
@@ -38,8 +39,10 @@ class NoisyLayer(nn.Module):
         for noise in opens:
             noise.window += 1
         try:
-            own = self.__dict__[_FORWARD]
-            return own(self, *args, **kwargs) if own else super().forward(*args, **kwargs)
+            called = self.__dict__[_CALLED]
+            if called is not None and called.is_on(self.training):
+                return attend(cast(nn.MultiheadAttention, self), *args, **kwargs)
+            return super().forward(*args, **kwargs)
         finally:
             for noise in opens:
                 noise.window -= 1
@@ -47,7 +50,11 @@ class NoisyLayer(nn.Module):
                     noise.read.clear()
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
-        return blank, (type(self).__bases__[1],), plain_state(self, *_OWN)
+        state, hook = plain_state(self, *_OWN), self.__dict__[_HOOK]
+        if hook is not None:
+            hooks = state["_forward_pre_hooks"].items()
+            state["_forward_pre_hooks"] = OrderedDict((key, own) for key, own in hooks if key != hook.id)
+        return blank, (type(self).__bases__[1],), state
 
 
 def attach(model: nn.Module, schemes: Mapping[str, Scheme], kind: Kind = "exact") -> dict[str, WeightNoise]:
@@ -99,7 +106,7 @@ def attach_inputs(model: nn.Module, noises: Mapping[str, InputNoise]) -> None:
     for module in list(model.modules()):
         if (module, "in_proj_weight") in takers and module.out_proj in noised:  # torch's own would only read it
             _inputs(module)
-            module.__dict__[_FORWARD] = attend
+            module.__dict__[_CALLED] = module.out_proj.__dict__[_INPUTS]["input"]
 
 
 def _stay(module: nn.Module, args: Any) -> None:
@@ -125,7 +132,7 @@ def _enter(
     done: list[Any] = []
     for place, (noise, x) in enumerate(zip(noises, values, strict=True)):
         twins = [done[i] for i in range(place) if values[i] is x and noises[i] is noise]
-        if not twins and noise is not None and noise.active and (in_training or noise.in_eval):
+        if not twins and noise is not None and noise.is_on(in_training):
             x = noise.apply(x, in_training)
         done.append(twins[0] if twins else x)
     return (*done[:n], *args[n:]), {**kwargs, **dict(zip(given, done[n:], strict=True))}
@@ -153,7 +160,7 @@ def detach(model: nn.Module) -> None:
 def _swap(module: nn.Module, noises: dict[str, WeightNoise], opens: Iterable[WeightNoise]) -> None:
     base = type(module)
     namespace = {"__module__": base.__module__, "__doc__": base.__doc__, **readers(base, noises, _read)}
-    module.__dict__.update({_NOISES: noises, _OPENS: tuple(opens), _INPUTS: {}, _FORWARD: None, _HOOK: None})
+    module.__dict__.update({_NOISES: noises, _OPENS: tuple(opens), _INPUTS: {}, _CALLED: None, _HOOK: None})
     retype(module, type(f"Noisy{base.__name__}", (NoisyLayer, base), namespace))
 
 

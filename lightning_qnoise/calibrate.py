@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lightning_qnoise.layers import calling_projections, input_names, packed_weights
 from lightning_qnoise.moments import InputMoment
@@ -16,6 +17,7 @@ from lightning_qnoise.schemes import Observer, PackedWeight, Scheme
 from lightning_qnoise.weights import owners
 
 _Model = TypeVar("_Model", bound=nn.Module)
+_ATTENTION = (nn.MultiheadAttention, NonDynamicallyQuantizableLinear)
 
 
 def calibrate(model: _Model, loader: Iterable[Any], batches: int = 8) -> _Model:
@@ -131,6 +133,10 @@ def collecting(model: nn.Module, schemes: Mapping[str, Scheme]) -> Iterator[dict
     with ExitStack() as stack:
         for name, module, attribute, parameter in owners(model):
             if first[id(parameter)] in needed and not isinstance(module, nn.Embedding | nn.EmbeddingBag):
+                if isinstance(module, _ATTENTION) and (module, attribute) not in inputs:
+                    raise ValueError(
+                        f"layer {name!r}: rounding='gptq' knows no input of an attention with its own forward"
+                    )
                 moment = moments.setdefault(first[id(parameter)], InputMoment())
                 hook = moment.hook(name, inputs.get((module, attribute), ("input",)))
                 stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)

@@ -103,7 +103,10 @@ def pack(model: _Model, packed: Mapping[str, PackedWeight]) -> _Model:
         scheme = of_parameter[id(parameter)].scheme if id(parameter) in of_parameter else None
         is_table = isinstance(module, nn.Embedding | nn.EmbeddingBag)
         if scheme and scheme.activation and not is_table and (module, attribute) not in takers:
-            raise ValueError(f"layer {name!r}: what enters it cannot be quantized; give it a scheme without activation")
+            raise ValueError(
+                f"layer {name!r}: what enters it cannot be quantized; give it a scheme without activation, and write "
+                f"a file again by such a policy"
+            )
     done = set()
     for _, module, attribute, parameter in entries:
         if id(parameter) in of_parameter and (module, attribute) not in done:

@@ -64,6 +64,10 @@ class InputNoise:
             self.ends = self._seen if self.ends is None else self.ends.lerp(self._seen, _MOMENTUM)
             self._seen = None
 
+    def is_on(self, in_training: bool) -> bool:
+        """Whether a forward is noisy."""
+        return self.active and (in_training or self.in_eval)
+
     def apply(self, x: Tensor, in_training: bool = True) -> Tensor:
         """Return the input as the layer reads it, in its own shape and dtype; only in training ranges follow it."""
         if x.is_nested:  # which TransformerEncoder makes of padded sequences

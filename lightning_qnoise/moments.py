@@ -25,9 +25,8 @@ class InputMoment:
         @torch.no_grad()
         def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             given = dict(zip(forward_of(module).arguments() or ("input",), args, strict=False)) | kwargs
-            for x in {
-                id(given[key]): given[key] for key in inputs if key in given
-            }.values():  # self-attention gives one as three
+            distinct = {id(given[key]): given[key] for key in inputs}  # self-attention gives one as three
+            for x in distinct.values():
                 columns = input_columns(module, x, name)  # [groups, n, cols]
                 added = columns.mT @ columns
                 self._sum = added if self._sum is None else self._sum + added

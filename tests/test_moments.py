@@ -121,11 +121,24 @@ def test_attention_has_moments_of_its_inputs_and_of_what_it_makes_of_the_values(
         torch.testing.assert_close(moments[f"0.{name}"].mean(name), (rows.T @ rows / len(rows)).float())
 
 
-def test_a_forward_that_was_set_on_attention_stays():
-    module = attention(batch_first=True)
-    own = module.forward = lambda x: x
-    assert torch.equal(see(module, [torch.ones(2, 3, WIDTH)], "0.in_proj_weight"), torch.ones(WIDTH, WIDTH))
-    assert module.forward is own
+class Normed(nn.MultiheadAttention):
+    def forward(self, x):
+        x = nn.functional.layer_norm(x, x.shape[-1:])
+        return super().forward(x, x, x)[0]
+
+
+@pytest.mark.parametrize("name", ["0.in_proj_weight", "0.out_proj.weight"])
+@pytest.mark.parametrize("is_class", [False, True])
+def test_what_enters_attention_with_a_forward_of_its_own_is_not_guessed(name, is_class):
+    module = Normed(WIDTH, 2) if is_class else nn.MultiheadAttention(WIDTH, 2)
+    if not is_class:
+        module.forward = lambda x: x
+    forward = module.forward
+    with pytest.raises(
+        ValueError, match=rf"layer '{name}': rounding='gptq' knows no input of an attention with its own"
+    ):
+        see(module, [torch.ones(2, 3, WIDTH)], name)
+    assert module.forward == forward and not module._forward_pre_hooks
 
 
 def test_no_input_is_an_error_that_names_the_layer():

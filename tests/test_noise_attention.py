@@ -1,6 +1,7 @@
 """Noise on what enters the projections of torch's attention, against formulas, and in a fit."""
 
 import copy
+import pickle
 
 import pytest
 import pytorch_lightning as pl
@@ -50,6 +51,15 @@ def test_rate_one_quantizes_what_enters_every_projection(kind, quantized, by_nam
     assert found[1].shape == plain[1].shape
     model.eval()
     assert torch.equal(model[0](*arguments)[0], plain[0])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_evaluation_is_to_the_bit_what_it_is_without(need_weights):
+    model, x = nn.ModuleList([attention(batch_first=True)]).eval(), torch.randn(N, QUERIES, WIDTH)
+    plain = model[0](x, x, x, need_weights=need_weights)[0]
+    noised(model, {"*": A8}, weights=True)
+    assert torch.equal(model[0](x, x, x, need_weights=need_weights)[0], plain)
 
 
 def test_one_projection_of_three():
@@ -171,6 +181,9 @@ def test_evaluation_within_a_stage_is_that_of_the_packed_model(padded):
     attach_inputs(model, {n: InputNoise(w.scheme.activation, w.shape, n, in_eval=True) for n, w in weights.items()})
     found = model(x, **options)
     assert (found - expected).norm() < 0.05 * (floats - expected).norm()
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert not any(module._forward_pre_hooks for module in copied.modules())
+        assert torch.equal(copied(x, **options), floats)
     detach(model)
     assert torch.equal(model(x, **options), floats)
     assert not any(module._forward_pre_hooks for module in model.modules())

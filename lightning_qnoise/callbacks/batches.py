@@ -25,7 +25,8 @@ def run_batches(trainer: Trainer, pl_module: LightningModule, n_batches: int) ->
     with torch.no_grad(), _unlogged(pl_module), trainer.precision_plugin.train_step_context():
         for index, (batch, _, dataloader_idx) in enumerate(islice(trainer.fit_loop._combined_loader, limit)):
             moved = trainer.strategy.batch_to_device(batch, dataloader_idx=dataloader_idx)
-            pl_module.training_step(**epoch_loop._build_kwargs(OrderedDict(), moved, index))
+            arguments = epoch_loop._build_kwargs(OrderedDict(), moved, index)
+            pl_module.training_step(*arguments.values())  # by position, as Lightning does
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,6 +33,9 @@ def on_rows(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         >>> [part.shape for part in on_rows(torch.exp, x).unbind()]
         [torch.Size([1, 2]), torch.Size([3, 2])]
     """
+    if x.layout is torch.jagged:
+        jagged: Any = x
+        return torch.nested.nested_tensor_from_jagged(function(x.values()), jagged.offsets(), jagged.lengths())
     parts = x.unbind()
     rows = function(torch.cat(parts)).split([len(part) for part in parts])
-    return torch.nested.as_nested_tensor(list(rows), layout=x.layout)
+    return torch.nested.as_nested_tensor(list(rows))

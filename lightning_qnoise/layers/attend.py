@@ -30,7 +30,7 @@ def attend(
     Packed projections multiply what enters them, `out_proj` is called.
 
     Raises:
-        ValueError: The shape of a mask does not fit, or `is_causal` comes without a mask.
+        ValueError: Inputs or a mask do not fit, or `is_causal` comes without a mask.
 
     Example:
         >>> attention, x = nn.MultiheadAttention(8, 2), torch.randn(3, 1, 8)
@@ -40,6 +40,7 @@ def attend(
     rest = key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
     if query.is_nested:
         return _attend_nested(module, query, key, value, *rest)
+    _check(query, key, value, at=0 if module.batch_first else 1)
     if query.ndim == 2:
         return _attend_one(module, query, key, value, *rest)
     if is_causal and attn_mask is None:
@@ -61,6 +62,14 @@ def attend(
     return _output(module.out_proj, y), weights
 
 
+def _check(query: Tensor, key: Tensor, value: Tensor, at: int) -> None:
+    """Refuse what torch's own refuses; `at` is the dimension of the batch."""
+    shapes = [list(x.shape) for x in (query, key, value)]
+    is_right = query.ndim in (2, 3) and query.ndim == key.ndim == value.ndim and key.shape[:-1] == value.shape[:-1]
+    if not is_right or (query.ndim == 3 and query.shape[at] != key.shape[at]):
+        raise ValueError(f"query, key and value must have 2 or 3 dimensions, and those of one batch, got {shapes}")
+
+
 def _attend_one(
     module: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor | None]:
@@ -75,17 +84,18 @@ def _attend_nested(
     module: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor | None]:
     """Of sequences of several lengths: padded, and masked."""
-    if query is not key or key is not value or not module.batch_first or padding is not None:
+    is_self = query is key and key is value
+    if not is_self or not module.batch_first or padding is not None or query.layout is not torch.strided:
         raise ValueError(
-            "nested tensors are for self-attention with batch_first=True and without key_padding_mask; pad others: "
-            "x.to_padded_tensor(0.0)"
+            "nested tensors of the strided layout are for self-attention with batch_first=True and without "
+            "key_padding_mask; pad others: x.to_padded_tensor(0.0)"
         )
     lengths = [len(part) for part in query.unbind()]
     x = query.to_padded_tensor(0.0)
     padding = torch.arange(x.shape[1], device=x.device) >= torch.tensor(lengths, device=x.device)[:, None]
     y, weights = attend(module, x, x, x, padding, *rest)
     parts = [part[:length] for part, length in zip(y, lengths, strict=True)]
-    return torch.nested.as_nested_tensor(parts, layout=query.layout), weights
+    return torch.nested.as_nested_tensor(parts), weights
 
 
 def _projections(module: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:

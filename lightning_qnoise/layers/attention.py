@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, cast
+from typing import cast
 
-from torch import Tensor, nn
+from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lightning_qnoise.layers.attend import attend
 from lightning_qnoise.layers.base import PackedLayer, forward_of, packed_names, packs, set_packed
-from lightning_qnoise.layers.swap import own_class
+from lightning_qnoise.layers.swap import has_own_forward
 
 _PROJECTIONS = {
     "in_proj_weight": ("query", "key", "value"),
@@ -26,21 +27,19 @@ class PackedAttention(PackedLayer):
     """`nn.MultiheadAttention` with a packed projection, which multiplies what enters it as a packed Linear does."""
 
     inputs = _PROJECTIONS
+    forward = attend
 
     @classmethod
     def serves(cls, names: Collection[str]) -> bool:
         """Any of its projections can be packed, `out_proj` alone, too."""
         return True
 
-    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        """Return what the attention returns."""
-        return attend(cast(nn.MultiheadAttention, self), *args, **kwargs)
-
 
 def input_names(model: nn.Module) -> dict[tuple[nn.Module, str], tuple[str, ...]]:
     """Return what can be quantized on its way into a layer: (layer, parameter) -> arguments of its forward.
 
-    The `out_proj` of an attention with a forward of the user's own is left out: nobody may call it.
+    Left out are layers whose `forward` was set on the object, and the `out_proj` of an attention with a forward of the
+    user's own: nobody may call it.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 2), nn.LSTM(2, 2))
@@ -50,7 +49,8 @@ def input_names(model: nn.Module) -> dict[tuple[nn.Module, str], tuple[str, ...]
     called = {module.out_proj for module in _attentions(model)}
     found = {}
     for module in model.modules():
-        if own_class(module).__name__ != "NonDynamicallyQuantizableLinear" or module in called:
+        is_read_only = isinstance(module, NonDynamicallyQuantizableLinear) and module not in called
+        if not is_read_only and not has_own_forward(module):
             found.update({(module, parameter): names for parameter, names in forward_of(module).inputs.items()})
     return found
 
@@ -58,7 +58,7 @@ def input_names(model: nn.Module) -> dict[tuple[nn.Module, str], tuple[str, ...]
 @contextmanager
 def calling_projections(model: nn.Module) -> Iterator[None]:
     """Let attention call its `out_proj`, which torch's own reads, so that hooks see what enters it."""
-    attentions = [module for module in _attentions(model) if "forward" not in module.__dict__]
+    attentions = _attentions(model)
     for module in attentions:
         module.__dict__["forward"] = partial(attend, cast(nn.MultiheadAttention, module))
     try:
@@ -76,4 +76,5 @@ def settle_attention(model: nn.Module) -> None:
 
 
 def _attentions(model: nn.Module) -> list[nn.Module]:
-    return [module for module in model.modules() if forward_of(module) is PackedAttention]
+    """Those with torch's forward."""
+    return [m for m in model.modules() if forward_of(m) is PackedAttention and not has_own_forward(m)]

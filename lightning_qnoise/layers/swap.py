@@ -20,10 +20,15 @@ def retype(module: nn.Module, cls: type[nn.Module]) -> None:
 
     Lightning's DDP leaves the module's bound `forward` on the instance, where it would shadow that of the new class.
     """
-    own = module.__dict__.get("forward")
-    if getattr(own, "__func__", None) is type(module).forward:
+    if "forward" in module.__dict__ and not has_own_forward(module):
         del module.__dict__["forward"]
     module.__class__ = cls
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether a forward was set on the object, in place of that of its class."""
+    own = module.__dict__.get("forward")
+    return own is not None and getattr(own, "__func__", None) is not type(module).forward
 
 
 def own_class(module: nn.Module) -> type[nn.Module]:

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from inspect import signature
 from itertools import product
 
 import pytest
@@ -178,6 +179,15 @@ class Own(nn.MultiheadAttention):
         return super().forward(x, x, x)[0]
 
 
+def test_a_forward_that_was_set_on_attention_keeps_float_inputs():
+    model = nn.Sequential(attention(), nn.Linear(WIDTH, WIDTH))
+    own = model[0].forward
+    model[0].forward = lambda x: own(x, x, x)[0]
+    with pytest.warns(UserWarning, match=r"0\.in_proj_weight, 0\.out_proj\.weight stays float"):
+        schemes = resolve(model, A8)
+    assert {name for name, scheme in schemes.items() if scheme.activation} == {"1.weight"}
+
+
 def test_attention_with_a_forward_of_its_own_keeps_float_inputs():
     model = nn.Sequential(Own(WIDTH, HEADS), nn.Linear(WIDTH, WIDTH))
     with pytest.warns(UserWarning, match=r"0\.in_proj_weight, 0\.out_proj\.weight stays float"):
@@ -260,11 +270,13 @@ def test_gptq_of_an_encoder_of_padded_sequences():
 @pytest.mark.parametrize("layout", [torch.strided, torch.jagged], ids=str)
 @pytest.mark.parametrize("scheme", [A8, Int(8), PQ(4, 16)], ids=str)
 def test_a_linear_layer_of_nested_sequences(scheme, layout):
-    model = quantize(nn.Sequential(nn.Linear(WIDTH, 8)), {"*": scheme})
+    model = quantize(nn.Sequential(nn.Linear(WIDTH, WIDTH)), {"*": scheme})
     parts = [torch.randn(n, WIDTH) for n in (3, 1, 4)]
-    found = model(torch.nested.as_nested_tensor(parts, layout=layout))
+    x = torch.nested.as_nested_tensor(parts, layout=layout)
+    found = model(x)
     assert found.is_nested and found.layout is layout
     same(found.unbind(), [model(part) for part in parts])
+    same((x + found).unbind(), [part + model(part) for part in parts])  # of the same ragged shape
 
 
 @pytest.mark.filterwarnings("ignore:.*nested tensors is in prototype")
@@ -273,7 +285,7 @@ def test_other_nested_inputs_are_refused(case):
     module = quantize(nn.Sequential(attention(batch_first=case != "positions first")), {"*": A8})[0]
     x = torch.nested.nested_tensor([torch.randn(3, WIDTH)])
     padding = torch.zeros(1, 3, dtype=torch.bool) if case == "padding" else None
-    with pytest.raises(ValueError, match=r"nested tensors are for self-attention .*to_padded_tensor"):
+    with pytest.raises(ValueError, match=r"nested tensors of the strided layout are for self-.*to_padded_tensor"):
         module(x, x, x + x if case == "cross" else x, key_padding_mask=padding)
 
 
@@ -287,6 +299,25 @@ def test_gradients_pass_straight_through():
         module(own, own, own)[0].sum().backward()
         gradients.append(own.grad)
     assert (gradients[0] - gradients[1]).norm() < 0.1 * gradients[1].norm()
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        [(5, 16), (7, 16), (6, 16)],
+        [(3, 5, 16), (1, 7, 16), (1, 7, 16)],
+        [(3, 5, 16), (5, 16), (5, 16)],
+        [(1, 3, 5, 16)] * 3,
+    ],
+)
+def test_inputs_that_do_not_belong_together(shapes):
+    with pytest.raises(ValueError, match="must have 2 or 3 dimensions, and those of one batch, got"):
+        attend(attention(batch_first=True), *(torch.randn(shape) for shape in shapes))
+
+
+def test_the_forward_has_torchs_arguments():
+    model = quantize(attention(), {"*": A8})
+    assert list(signature(model.forward).parameters) == list(signature(attention().forward).parameters)
 
 
 def test_compiles_without_a_break():
