@@ -64,7 +64,8 @@ def quantize_file(source: Path, target: Path, policy: Policy) -> SizeTable:
         tensors.update(scheme.encode(weight).state_dict(prefix=f"{name}."))
         specs[name] = PackedSpec(scheme, tuple(weight.shape), weight.dtype)
     write(target, Contents(tensors, specs, contents.tied))
-    return file_size(target)
+    written = read(target)
+    return tabulate(written.tensors, written.packed)
 
 
 def _takes_input(name: str) -> bool:

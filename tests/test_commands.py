@@ -51,6 +51,12 @@ def test_a_dynamic_activation_goes_into_the_file(tmp_path):
     assert loaded[0].packed("weight").scheme.activation == Int(8)
 
 
+def test_any_name_of_a_file_will_do(tmp_path):
+    torch.save({"state_dict": nn.Sequential(nn.Linear(64, 64)).state_dict()}, tmp_path / "m.ckpt")
+    table = quantize_file(tmp_path / "m.ckpt", tmp_path / "m.packed", "int8")
+    assert table.bytes == size_table(load(nn.Sequential(nn.Linear(64, 64)), tmp_path / "m.packed")).bytes
+
+
 @pytest.mark.parametrize("wrap", [nn.Identity, nn.Sequential])
 def test_what_enters_attention_is_quantized_too(tmp_path, wrap):
     def make():

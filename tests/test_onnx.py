@@ -214,6 +214,30 @@ def test_weights_with_equal_zero_points():
     assert len(set(zeros)) == len(zeros) == 3
 
 
+class Repeated(nn.Module):
+    """Layers that are used more than once, on inputs of three dimensions."""
+
+    def __init__(self):
+        super().__init__()
+        self.attn, self.fc = nn.MultiheadAttention(24, 2, batch_first=True), nn.Linear(24, 24)
+
+    def forward(self, x):
+        for _ in range(3):
+            x = torch.relu(self.fc(self.attn(x, x, x)[0]))
+        return x
+
+
+@pytest.mark.parametrize("activation", [STATIC, PER_TENSOR], ids=str)
+def test_layers_that_are_used_more_than_once(activation):
+    model, x = quantize(Repeated().eval(), {"*": Int(8, activation=activation)}), torch.randn(16, 5, 24)
+    calibrate(model, [(x, x)], batches=1)
+    graph = export(model, x[:2])
+    assert sum("codes" in tensor.name for tensor in graph.initializer) == 3
+    found, operators = run("model.onnx", x)
+    assert ((found - logits(model, x)).abs() < 1e-5).float().mean() > 0.9
+    assert operators["MatMulIntegerToFloat"] + operators["QLinearMatMul"] + operators["DynamicQuantizeMatMul"] == 9
+
+
 def test_dynamic_activations():
     policy = {
         "0": Int(8, activation=PER_TENSOR),

@@ -16,6 +16,7 @@ from lightning_qnoise.export.convolutions import settle_convolutions
 from lightning_qnoise.export.graph_weight import GraphWeight, Shelf
 from lightning_qnoise.export.graph_weights import stand_in
 from lightning_qnoise.export.operators import OPSET
+from lightning_qnoise.export.uses import separate_weights
 from lightning_qnoise.layers import PackedLayer, packed_names
 from lightning_qnoise.schemes import PackedWeight
 
@@ -131,24 +132,8 @@ def _optimize(model: ir.Model, stored: Collection[str]) -> None:
 
     optimizer.optimize_ir(model, should_fold=should_fold)
     settle_convolutions(model.graph)
-    _separate_zero_points(model.graph)
+    separate_weights(model.graph)
     for simplify in (common.RemoveUnusedNodesPass(), common.ClearMetadataAndDocStringPass()):
         simplify(model)
     for value in model.graph.initializers.values():
         value.metadata_props.clear()
-
-
-def _separate_zero_points(graph: ir.Graph) -> None:
-    """Give every weight zero points of its own, a byte each: ONNX Runtime rewrites them, and fails on shared ones."""
-    import onnx_ir as ir
-
-    seen = set()
-    for node in graph:
-        codes, zeros = node.inputs[0], node.inputs[-1]
-        if node.op_type != "DequantizeLinear" or codes is None or zeros is None or not codes.is_initializer():
-            continue
-        if zeros.name in seen:
-            own = ir.val(f"{node.outputs[0].name}_zero_point", const_value=zeros.const_value)
-            graph.register_initializer(own)
-            node.replace_input_with(2, own)
-        seen.add(zeros.name)

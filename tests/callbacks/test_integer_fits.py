@@ -61,6 +61,16 @@ def test_the_number_of_batches_is_kept():
     assert model.fc.packed("weight").input_scale.item() == pytest.approx((x.max() - x.min()).item() / 255, rel=1e-5)
 
 
+def test_the_names_of_a_training_step_are_the_users_own():
+    class Named(Net):
+        def training_step(self, pair, i):
+            return super().training_step(pair, i)
+
+    model = net(cls=Named)
+    fit(model, [Quantize(STATIC)])
+    assert model.fc.packed("weight").input_scale.isfinite()
+
+
 def test_the_file_evaluates_bit_identically_in_any_order():
     model = net()
     fit(model, [QuantNoise(STATIC, 0.5), Quantize()])
