@@ -43,12 +43,26 @@ def attend(
     _check(query, key, value, at=0 if module.batch_first else 1)
     if query.ndim == 2:
         return _attend_one(module, query, key, value, *rest)
+    y, weights = _mix(module, _projections(module, query, key, value), *rest)
+    return _output(module.out_proj, y), weights
+
+
+def _mix(
+    module: nn.MultiheadAttention,
+    projected: tuple[Tensor, ...],
+    key_padding_mask: Tensor | None,
+    need_weights: bool,
+    attn_mask: Tensor | None,
+    average_attn_weights: bool,
+    is_causal: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """What enters `out_proj`, and the weights, from query, key and value as they left their projections."""
     if is_causal and attn_mask is None:
         raise ValueError("is_causal is a hint about attn_mask, which is missing: pass the causal mask, too")
-    q, k, v = (_heads(x, module) for x in _with_extra(module, *_projections(module, query, key, value)))
+    q, k, v = (_heads(x, module) for x in _with_extra(module, *projected))
     is_causal = is_causal and key_padding_mask is None and not need_weights
-    n_extra = k.shape[2] - key.shape[1 if module.batch_first else 0]
-    mask = None if is_causal else _mask(attn_mask, key_padding_mask, q, k.shape[2] - n_extra, n_extra)
+    n_keys = projected[1].shape[1 if module.batch_first else 0]
+    mask = None if is_causal else _mask(attn_mask, key_padding_mask, q, n_keys, k.shape[2] - n_keys)
     rate = module.dropout if module.training else 0.0
     weights = None
     if need_weights:
@@ -58,8 +72,7 @@ def attend(
         weights = weights.mean(dim=1) if average_attn_weights else weights
     else:
         y = F.scaled_dot_product_attention(q, k, v, mask, rate, is_causal)
-    y = (y.transpose(1, 2) if module.batch_first else y.permute(2, 0, 1, 3)).flatten(2)
-    return _output(module.out_proj, y), weights
+    return (y.transpose(1, 2) if module.batch_first else y.permute(2, 0, 1, 3)).flatten(2), weights
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, at: int) -> None:
@@ -83,19 +96,22 @@ def _attend_one(
 def _attend_nested(
     module: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor | None]:
-    """Of sequences of several lengths: padded, and masked."""
+    """Of sequences of several lengths: between the projections they are padded, and masked."""
     is_self = query is key and key is value
     if not is_self or not module.batch_first or padding is not None or query.layout is not torch.strided:
         raise ValueError(
             "nested tensors of the strided layout are for self-attention with batch_first=True and without "
             "key_padding_mask; pad others: x.to_padded_tensor(0.0)"
         )
-    lengths = [len(part) for part in query.unbind()]
-    x = query.to_padded_tensor(0.0)
-    padding = torch.arange(x.shape[1], device=x.device) >= torch.tensor(lengths, device=x.device)[:, None]
-    y, weights = attend(module, x, x, x, padding, *rest)
-    parts = [part[:length] for part, length in zip(y, lengths, strict=True)]
-    return torch.nested.as_nested_tensor(parts), weights
+    parts = query.unbind()
+    lengths = [len(part) for part in parts]
+    rows = _product(module, "in_proj_weight", torch.cat(parts), module.in_proj_bias)
+    padded = torch.nested.as_nested_tensor(list(rows.split(lengths))).to_padded_tensor(0.0)
+    places = torch.arange(padded.shape[1], device=padded.device)
+    padding = places >= torch.tensor(lengths, device=padded.device)[:, None]
+    y, weights = _mix(module, padded.chunk(3, dim=-1), padding, *rest)
+    y = _output(module.out_proj, y[~padding])
+    return torch.nested.as_nested_tensor(list(y.split(lengths))), weights
 
 
 def _projections(module: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:

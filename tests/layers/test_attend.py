@@ -279,6 +279,21 @@ def test_a_linear_layer_of_nested_sequences(scheme, layout):
     same((x + found).unbind(), [part + model(part) for part in parts])  # of the same ragged shape
 
 
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:.*nested tensors is in prototype")
+def test_no_padding_of_nested_sequences_enters_a_projection():
+    model, seen = quantize(nn.Sequential(attention(batch_first=True)), {"*": A8}), []
+    for _, packed in packed_weights(model):
+        packed.quantize_input = lambda x, own=packed.quantize_input: seen.append(x) or own(x)
+    parts = [torch.randn(n, WIDTH) for n in (6, 1, 2)]
+    x = torch.nested.nested_tensor(parts)
+    found = model[0](x, x, x)[0]
+    assert [list(rows.shape) for rows in seen] == [[9, WIDTH]] * 2
+    torch.testing.assert_close(seen[0], torch.cat(parts))
+    for one, part in zip(found.unbind(), parts, strict=True):
+        torch.testing.assert_close(one, model[0](part, part, part)[0], rtol=1e-4, atol=0.02)  # a tie now and then
+
+
 @pytest.mark.filterwarnings("ignore:.*nested tensors is in prototype")
 @pytest.mark.parametrize("case", ["cross", "positions first", "padding"])
 def test_other_nested_inputs_are_refused(case):
