@@ -77,9 +77,9 @@ def _mix(
 
 def _check(query: Tensor, key: Tensor, value: Tensor, at: int) -> None:
     """Refuse what torch's own refuses; `at` is the dimension of the batch."""
-    shapes = [list(x.shape) for x in (query, key, value)]
     is_right = query.ndim in (2, 3) and query.ndim == key.ndim == value.ndim and key.shape[:-1] == value.shape[:-1]
     if not is_right or (query.ndim == 3 and query.shape[at] != key.shape[at]):
+        shapes = [list(x.shape) for x in (query, key, value)]
         raise ValueError(f"query, key and value must have 2 or 3 dimensions, and those of one batch, got {shapes}")
 
 
