@@ -69,6 +69,23 @@ def test_what_enters_attention_is_quantized_too(tmp_path, wrap):
     assert [weight.scheme.activation for _, weight in packed_weights(loaded)] == [Int(8), Int(8)]
 
 
+def test_a_file_for_attention_with_a_forward_of_its_own_is_refused_where_it_is_loaded(tmp_path):
+    class Own(nn.MultiheadAttention):
+        def forward(self, x):
+            return super().forward(x, x, x)[0]
+
+    model = nn.Sequential(Own(64, 4))
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    torch.save({"state_dict": model.state_dict()}, tmp_path / "a.ckpt")
+    quantize_file(tmp_path / "a.ckpt", tmp_path / "a.safetensors", "ipq+int8")
+    with pytest.raises(ValueError, match=r"layer '0.in_proj_weight': .* write a file again by such a policy"):
+        load(model, tmp_path / "a.safetensors")
+    assert type(model[0]) is Own
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+    quantize_file(tmp_path / "a.ckpt", tmp_path / "b.safetensors", "ipq")
+    assert load(model, tmp_path / "b.safetensors")[0](torch.randn(2, 3, 64)).shape == (2, 3, 64)
+
+
 def test_quantize_file_equals_quantize_and_save(tmp_path):
     model = Tied()
     (tmp_path / "policy.json").write_text(json.dumps({"embed": POLICY["embed"].to_dict()}))
