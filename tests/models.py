@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from lightning_qnoise import PQ, Int
-from lightning_qnoise.attach import attach
+from lightning_qnoise.attach import attach, attach_inputs
+from lightning_qnoise.input_noise import InputNoises
 from lightning_qnoise.policy import resolve
 from lightning_qnoise.weights import list_weights
 
@@ -99,6 +100,19 @@ def noisy(model, policy="pq", rate=0.5, kind="exact", seed=0):
     """Attach noise, draw once, and return the noises; `"pq"` stands for `small_pq`."""
     noises = attach(model, resolve(model, small_pq(model) if policy == "pq" else policy), kind)
     return draw(model, noises, rate, seed)
+
+
+def noisy_inputs(model, policy, rate=0.5, weights=True, seed=0):
+    """Attach noise to inputs, and to weights, and draw both; return the `InputNoises`."""
+    schemes = resolve(model, policy)
+    generator = torch.Generator().manual_seed(seed)
+    if weights:
+        for name, noise in attach(model, schemes).items():
+            noise.draw(model.get_parameter(name), rate, generator)
+    inputs = InputNoises(schemes, {name: model.get_parameter(name).shape for name in schemes})
+    attach_inputs(model, inputs.of)
+    inputs.draw(rate, generator)
+    return inputs
 
 
 def draw(model, noises, rate=0.5, seed=0):

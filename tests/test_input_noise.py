@@ -5,14 +5,13 @@ import copy
 import numpy as np
 import pytest
 import torch
-from models import TiedByName
+from models import TiedByName, noisy_inputs
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_qnoise import PQ, Int
-from lightning_qnoise.attach import attach, attach_inputs, detach
+from lightning_qnoise.attach import attach_inputs, detach
 from lightning_qnoise.input_noise import InputNoise, InputNoises
-from lightning_qnoise.policy import resolve
 
 STATIC = Int(4, mode="static")
 ACTIVATIONS = {
@@ -248,17 +247,8 @@ class Block(nn.Module):
         return x + self.fc(torch.tanh(self.conv(x)).mT).mT
 
 
-def noised(model, activation, rate=0.5, weights=True, seed=0):
-    """Attach noise to weights and inputs and draw both."""
-    schemes = resolve(model, {"*": Int(4, activation=activation)})
-    generator = torch.Generator().manual_seed(seed)
-    if weights:
-        for name, noise in attach(model, schemes).items():
-            noise.draw(model.get_parameter(name), rate, generator)
-    inputs = InputNoises(schemes, {name: model.get_parameter(name).shape for name in schemes})
-    attach_inputs(model, inputs.of)
-    inputs.draw(rate, generator)
-    return inputs
+def noised(model, activation, **options):
+    return noisy_inputs(model, {"*": Int(4, activation=activation)}, **options)
 
 
 @each_activation

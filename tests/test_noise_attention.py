@@ -7,29 +7,21 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from attention import HEADS, KEYS, QUERIES, WIDTH, N, attention, formula, inputs, parts_of, per_token
+from models import noisy_inputs
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_qnoise import Int, Quantize, QuantNoise, dequantize, load, quantize
-from lightning_qnoise.attach import attach, attach_inputs, detach
+from lightning_qnoise.attach import attach_inputs, detach
 from lightning_qnoise.demos import TransformerLM
-from lightning_qnoise.input_noise import InputNoise, InputNoises
+from lightning_qnoise.input_noise import InputNoise
 from lightning_qnoise.layers import packed_weights
-from lightning_qnoise.policy import resolve
 
 A8, STATIC = Int(8, activation=Int(8)), Int(8, activation=Int(8, mode="static"))
 
 
 def noised(model, policy, rate=1.0, weights=False):
-    schemes = resolve(model, policy)
-    generator = torch.Generator().manual_seed(0)
-    if weights:
-        for name, noise in attach(model, schemes).items():
-            noise.draw(model.get_parameter(name), rate, generator)
-    noises = InputNoises(schemes, {name: model.get_parameter(name).shape for name in schemes})
-    attach_inputs(model, noises.of)
-    noises.draw(rate, generator)
-    return noises
+    return noisy_inputs(model, policy, rate, weights)
 
 
 @pytest.mark.parametrize("by_name", [False, True])
@@ -138,7 +130,7 @@ def test_it_leaves_without_a_trace():
 
 
 class Seen(pl.Callback):
-    """Counts what entered `out_proj` in the last training batch: distinct values, by the layer's noise."""
+    """Keeps what attention was in the last training batch, and the noise of its `out_proj`."""
 
     def on_train_batch_end(self, trainer, module, *args):
         self.classes = {type(layer.self_attn).__name__ for layer in module.layers}

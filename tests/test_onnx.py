@@ -72,13 +72,13 @@ def images(n):
     return torch.randn(n, 3, 8, 8)
 
 
-def run(path, x, level="ENABLE_ALL"):
+def run(path, x, level="ENABLE_ALL", precision="1"):
     """The logits of ONNX Runtime, and the operators that it ran."""
     options = ort.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = 1, 3
     options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, f"ORT_{level}")
     options.optimized_model_filepath = "ran.onnx"
-    options.add_session_config_entry("session.x64quantprecision", "1")  # see `export_onnx`
+    options.add_session_config_entry("session.x64quantprecision", precision)  # see `export_onnx`
     session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     (logits,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     return torch.from_numpy(logits), Counter(node.op_type for node in onnx.load("ran.onnx").graph.node)
@@ -212,6 +212,16 @@ def test_weights_with_equal_zero_points():
     static_error(nn.Sequential(*layers), {"*": Int(8, symmetric=True, activation=STATIC)}, torch.randn(32, 16), 0.9)
     zeros = [node.input[2] for node in onnx.load("model.onnx").graph.node if "codes" in node.input[0]]
     assert len(set(zeros)) == len(zeros) == 3
+
+
+def test_seven_bits_are_exact_everywhere():
+    """Without the exact mode, too: codes of 64 at most do not saturate."""
+    model, x = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 8)), torch.randn(32, 32)
+    quantize(model, {"*": Int(7, activation=STATIC)}, [x])
+    export(model, x[:2])
+    found, operators = run("model.onnx", x, precision="0")
+    assert operators["MatMulIntegerToFloat"] + operators["QLinearMatMul"] + operators["QGemm"] == 2
+    assert ((found - logits(model, x)).abs() < 1e-5).float().mean() > 0.9
 
 
 class Repeated(nn.Module):
