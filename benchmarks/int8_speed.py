@@ -6,9 +6,9 @@ torch.fx folds every BatchNorm into a convolution before it is packed; the float
 them, and the row "float32 folded" is that of the folded one in floats.
 
 `python benchmarks/int8_speed.py` prints a row per model, batch and route and writes `results/int8_speed.csv` here.
-Everything runs on one thread, and its processor time is counted: the models take turns, each with a few calls in a
-row of which the fastest counts, as memory that the model before has given back must first be had again. A row holds
-the medians over the turns and their ratio.
+On a CPU everything runs on one thread, and its processor time is counted; with `--device cuda` it is the time until the
+GPU has finished. The models take turns, each with a few calls in a row of which the fastest counts, as memory that the
+model before has given back must first be had again. A row holds the medians over the turns and their ratio.
 """
 
 from __future__ import annotations
@@ -65,22 +65,30 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Tensor]]] = {
 }
 
 
+def seconds(model: nn.Module, x: Tensor) -> float:
+    """Return how long one call takes."""
+    if not x.is_cuda:
+        start = time.thread_time()
+        model(x)
+        return time.thread_time() - start
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    model(x)
+    torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
 def in_turns(models: dict[tuple[str, bool], nn.Module], x: Tensor, turns: int) -> dict[tuple[str, bool], float]:
     """Return the median milliseconds of each model over the turns, of the fastest call in each."""
     fastest = {key: [] for key in models}
     for _ in range(turns):
         for key, model in models.items():
-            seconds = []
-            for _ in range(CALLS):
-                start = time.thread_time()
-                model(x)
-                seconds.append(time.thread_time() - start)
-            fastest[key].append(1000 * min(seconds))
+            fastest[key].append(1000 * min(seconds(model, x) for _ in range(CALLS)))
     return {key: statistics.median(values) for key, values in fastest.items()}
 
 
 @torch.inference_mode()
-def measure(name: str, batch: int, turns: int) -> list[dict[str, object]]:
+def measure(name: str, batch: int, turns: int, device: str = "cpu") -> list[dict[str, object]]:
     """Return a row per route."""
     torch.manual_seed(0)
     build, inputs = MODELS[name]
@@ -91,7 +99,7 @@ def measure(name: str, batch: int, turns: int) -> list[dict[str, object]]:
     if source is not model:
         models[FOLDED, False] = source
         keys.append((FOLDED, False))
-    ms = in_turns(models, x, turns)
+    ms = in_turns({key: model.to(device) for key, model in models.items()}, x.to(device), turns)
     reference = ms[("float32", False)]
     return [
         {
@@ -115,13 +123,14 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=25)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "int8_speed.csv")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     rows = []
     for name in arguments.models:
         for batch in arguments.batches:
-            for row in measure(name, batch, arguments.turns):
+            for row in measure(name, batch, arguments.turns, arguments.device):
                 print(*row.values(), sep="  ", flush=True)
                 rows.append(row)
     with arguments.out.open("w", newline="") as file:

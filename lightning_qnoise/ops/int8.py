@@ -7,10 +7,9 @@ conversion to float32 and the corrections by the zero points round as float32 do
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_qnoise.ops import onednn
+from lightning_qnoise.ops import cublas, onednn
 from lightning_qnoise.ops.int8_codes import byte_codes
 from lightning_qnoise.ops.int8_grid import Int8Grid
 from lightning_qnoise.ops.int8_weight import Int8Weight
@@ -90,13 +89,11 @@ def _product(
 
 def _sums_of_products(codes: Tensor, weight: Int8Weight, out: Tensor | None) -> Tensor:
     """Return `sum(qx * qw)`, float32 `[rows, out]`, or write it."""
-    if isinstance(weight.matrix, onednn.Packed):
-        y = onednn.linear(codes, weight.matrix)
+    matrix = weight.matrix
+    if not isinstance(matrix, Tensor):
+        y = onednn.linear(codes, matrix) if isinstance(matrix, onednn.Packed) else cublas.linear(codes, matrix)
         return y if out is None else out.copy_(y)
-    if out is None:
-        product = _int_mm(codes, weight.matrix)
-    else:
-        product = torch._int_mm(codes, weight.matrix, out=out.view(torch.int32))
+    product = torch._int_mm(codes, matrix) if out is None else torch._int_mm(codes, matrix, out=out.view(torch.int32))
     return product.view(torch.float32).copy_(product)  # in its own memory
 
 
@@ -114,15 +111,3 @@ def _minus(y: Tensor, rows: Tensor | int | None, columns: Tensor | None) -> Tens
     if isinstance(rows, int):
         return y.sub_(columns, alpha=rows) if rows else y
     return y.addcmul_(rows, columns, value=-1)
-
-
-def _int_mm(left: Tensor, right: Tensor) -> Tensor:
-    """int32 `[m, n]` of int8 `[m, k]` and `[k, n]`; cuBLAS wants 17 rows at least, and multiples of 8 elsewhere."""
-    if not left.is_cuda:
-        return torch._int_mm(left, right)
-    (m, k), n = left.shape, right.shape[1]
-    if m < 17 or k % 8:
-        left = F.pad(left, (0, -k % 8, 0, max(0, 17 - m)))
-    if k % 8 or n % 8:
-        right = F.pad(right, (0, -n % 8, 0, -k % 8))
-    return torch._int_mm(left, right)[:m, :n]

@@ -9,46 +9,41 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_qnoise.ops import onednn
+from lightning_qnoise.ops import cublas, onednn
 
 _MAX_IN = 2**31 // (255 * 128) - 1  # the largest sum of products of a byte and a signed one that fits in an int32
 _LEAST_ONEDNN = 2**19  # elements of a matrix: oneDNN's kernels reorder no weight in a call, but take 30 us to start
 _X86 = ("x86_64", "AMD64")
-Backend = Literal["onednn", "int_mm"]
+Backend = Literal["onednn", "cublas", "int_mm"]
 
 
 @lru_cache
 def int8_backend(device_type: str) -> Backend | None:
-    """Which integer kernels a kind of device has that are exact and fast: oneDNN's, `torch._int_mm`, or none.
+    """Which integer kernels a kind of device has that are exact and fast: oneDNN's, cuBLAS's, or none.
 
-    On a CPU both need VNNI instructions: without these oneDNN's saturate in 16 bits and return wrong sums, which tells,
-    and `torch._int_mm` takes 40 times as long as a product of floats. Of processors other than x86 nothing is known.
+    On a CPU they need VNNI instructions: without these oneDNN's saturate in 16 bits and return wrong sums, which tells,
+    and `torch._int_mm` takes 40 times as long as a product of floats. Of other processors and devices nothing is known.
 
     Args:
         device_type: `"cpu"`, `"cuda"`, ...
     """
     if device_type == "cpu":
         return "onednn" if platform.machine() in _X86 and onednn.is_exact() else None
-    codes = torch.full((32, 64), 127, dtype=torch.int8, device=device_type)
-    try:
-        is_exact = bool((torch._int_mm(codes, codes.t().contiguous()) == 64 * 127**2).all())
-    except RuntimeError:  # not implemented
-        return None
-    return "int_mm" if is_exact else None
+    return "cublas" if device_type == "cuda" and cublas.is_exact() else None
 
 
 class Int8Weight(NamedTuple):
     """A matrix, ready for `int8_linear`.
 
     Attributes:
-        matrix: The codes less `2**(bits - 1)`: int8 `[in, out]`, contiguous, or packed by oneDNN.
+        matrix: The codes less `2**(bits - 1)`: int8 `[in, out]`, contiguous, or as oneDNN or cuBLAS takes it.
         scale: float32 `[out]`.
         sums: float32 `[out]`, whole numbers: `code - zero_point` summed over `in`.
         zero_point: float32 `[out]`, whole numbers: the zero points less `2**(bits - 1)`; None if all are zero.
         shape: `out` and `in`.
     """
 
-    matrix: onednn.Packed | Tensor
+    matrix: onednn.Packed | cublas.Columns | Tensor
     scale: Tensor
     sums: Tensor
     zero_point: Tensor | None
@@ -79,9 +74,12 @@ def prepare_int8(
     if zero_point is not None:
         sums = sums - codes.shape[1] * zero_point
     if backend is None:
-        backend = int8_backend(codes.device.type) if codes.numel() >= _LEAST_ONEDNN else "int_mm"
+        is_small = codes.is_cpu and codes.numel() < _LEAST_ONEDNN
+        backend = "int_mm" if is_small else int8_backend(codes.device.type)
     if backend == "onednn":
         return Int8Weight(onednn.pack_linear(signed), scale, sums, zero_point, codes.shape)
+    if backend == "cublas":
+        return Int8Weight(cublas.pack_linear(signed), scale, sums, zero_point, codes.shape)
     matrix = signed.t().clone(memory_format=torch.contiguous_format)  # strides that `_int_mm` takes for one row, too
     return Int8Weight(matrix, scale, sums, zero_point, codes.shape)
 

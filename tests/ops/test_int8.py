@@ -9,7 +9,7 @@ CODES = torch.full((32, 64), 127, dtype=torch.int8)
 IS_EXACT = bool((torch._int_mm(CODES, CODES.t().contiguous()) == 64 * 127**2).all())  # be it slow
 pytestmark = pytest.mark.skipif(not IS_EXACT, reason="this processor has no exact int8 products")
 needs_onednn = pytest.mark.skipif(int8_backend("cpu") != "onednn", reason="oneDNN has no exact int8 kernels here")
-BACKENDS = [pytest.param("onednn", marks=needs_onednn), "int_mm"]
+BACKENDS = [pytest.param("onednn", marks=needs_onednn), "cublas", "int_mm"]
 each_symmetric = pytest.mark.parametrize("symmetric", [False, True])
 each_grid = pytest.mark.parametrize("grid", ["tensor", "token"])
 
