@@ -1,10 +1,12 @@
 """A device that is not there: its tensors compute on the CPU and refuse, as those of a GPU do, to be mixed with others.
 
-Importing it registers the device `"gpu"` for good, so that it needs a process of its own.
+With TRITON_INTERPRET=1 the operators of lightning_qnoise run as on CUDA, their kernels in triton's interpreter.
+Importing this registers the device `"gpu"` for good, so that it needs a process of its own.
 """
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ GPU = torch.device("gpu", 0)
 MAY_MIX = {"copy_", "_to_copy", "index", "index_put", "index_put_", "_index_put_impl_"}  # as on CUDA
 WAITS = {"_local_scalar_dense", "equal", "nonzero"}  # the host reads what the device has computed
 torch.__future__.set_overwrite_module_params_on_conversion(True)  # `module.to` cannot change a tensor's class
+CUDA = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
 log: list[str] = []  # every operator that ran there
 
 
@@ -103,8 +106,9 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     args, kwargs = apply_to_collection((args, kwargs), OnDevice, lambda tensor: tensor.host)
     if of_host:
         log.append(name)
+    runs_kernels = is_ours and func.namespace == "lightning_qnoise" and "TRITON_INTERPRET" in os.environ
     with torch.no_grad():
-        out = func(*args, **kwargs)
+        out = func.redispatch(CUDA, *args, **kwargs) if runs_kernels else func(*args, **kwargs)
     if not is_ours:
         return out
     return apply_to_collection(out, Tensor, lambda host: of_host[id(host)] if id(host) in of_host else OnDevice(host))
