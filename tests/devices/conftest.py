@@ -1,6 +1,6 @@
-"""Only a process of its own may import the simulated device, not one that looks for examples in docstrings."""
+"""Only a process of its own may import a simulated device, not one that looks for examples in docstrings."""
 
 import os
 
 if "SIMULATED_DEVICE" not in os.environ:
-    collect_ignore_glob = ["simulated.py", "*_cases.py"]
+    collect_ignore_glob = ["device.py", "simulated.py", "*_cases.py"]

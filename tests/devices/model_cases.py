@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from devices.simulated import GPU, Simulation, log, waits
+from devices.device import GPU, IS_REAL, at_work, no_waits
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -45,8 +45,8 @@ SCHEMES = {
 
 @pytest.fixture(autouse=True)
 def device():
-    with Simulation() as simulation:
-        yield simulation
+    with at_work():
+        yield
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def cublas(monkeypatch):
 
 
 def twins(name, scheme, memory="lean"):
-    """A packed model on the CPU, one that was packed on the device, and their inputs."""
+    """A packed model on the CPU, one on the device (packed there, if it draws as the CPU does), and their inputs."""
     make, shape = LAYERS[name]
     torch.manual_seed(0)
     model, x = nn.Sequential(make()).eval(), torch.randn(shape) if shape else torch.randint(50, (4, 5))
@@ -67,7 +67,7 @@ def twins(name, scheme, memory="lean"):
     for one, batch in zip(models, inputs, strict=True):
         torch.manual_seed(1)
         set_memory(quantize(one, scheme, [batch]), memory)
-    return *models, *inputs
+    return model, copy.deepcopy(model).to(GPU) if IS_REAL else models[1], *inputs
 
 
 def assert_same(actual, expected, tolerance=1e-4):
@@ -79,9 +79,21 @@ def assert_same(actual, expected, tolerance=1e-4):
 
 def test_mixing_is_refused():
     x = torch.randn(3, 4).to(GPU)
-    assert torch.equal((x @ x.T).cpu(), x.cpu() @ x.cpu().T) and (x * torch.tensor(2.0)).device == GPU
-    with pytest.raises(RuntimeError, match="several devices"):
+    assert_same(x @ x.T * torch.tensor(2.0), x.cpu() @ x.cpu().T * 2)
+    with pytest.raises(RuntimeError, match=r"several devices|on the same device"):
         x + torch.randn(3, 4)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_packing(scheme):
+    """The weights are as near to the float ones as those that the CPU packs."""
+    make, shape = LAYERS["Linear"]
+    layer, errors = make(), []
+    for device in (torch.device("cpu"), GPU):
+        model = nn.Sequential(copy.deepcopy(layer)).to(device)
+        quantize(model, SCHEMES[scheme], [torch.randn(shape).to(device)])
+        errors.append((model[0].weight.cpu() - layer.weight).square().sum().item())
+    assert errors[1] == pytest.approx(errors[0], rel=0.1)
 
 
 @pytest.mark.usefixtures("cublas")
@@ -89,15 +101,15 @@ def test_mixing_is_refused():
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("name", LAYERS)
 def test_the_numbers_of_the_cpu_and_no_wait(name, scheme, memory):
-    """From the second forward on nothing that the device computes is read, so that it never waits."""
+    """From the second forward on the host never waits for the device."""
     host, model, x, on_device = twins(name, SCHEMES[scheme], memory)
     assert {tensor.device for tensor in model.state_dict().values()} == {GPU}
     for mode in (torch.no_grad, torch.enable_grad):
         with mode():
             model(on_device)
-            log.clear()
-            y, expected = model(on_device), host(x)
-            assert not waits()
+            with no_waits():
+                y = model(on_device)
+            expected = host(x)
             assert_same(y, expected, 1e-3)
     if y.requires_grad:
         (y * y.detach().cos()).sum().backward()  # LayerNorm has no gradient for a plain sum
