@@ -1,4 +1,4 @@
-"""cuBLAS's products of bytes: the exact sums, of matrices whose sides it takes."""
+"""cuBLAS's products of bytes: the exact sums, of matrices that are padded to the sizes that it takes."""
 
 from __future__ import annotations
 
