@@ -55,31 +55,33 @@ def int8_conv2d(
 
 def _scale_all(x: Tensor, images: Tensor, kernel: Int8Kernel, scale: Tensor, shift: Tensor | None) -> Tensor:
     """Convolve images of one scale; `shift` is `[out]`. oneDNN scales and shifts."""
-    if kernel.zeros is not None and shift is not None:
-        shift = F.pad(shift, (0, 1))
     factor = kernel.scale * scale if kernel.factor is None else kernel.factor
     y = onednn.conv2d(images, kernel.matrix, kernel.geometry, factor, shift)
     if kernel.zeros is None:
         return y.to(x.dtype, memory_format=output_layout(x))
-    sums, windows = _split(y)
-    return torch.addcmul(sums, windows, kernel.zeros, value=-1, out=_blank(x, sums))
+    return torch.addcmul(y, _window_sums(images, kernel).mul_(scale), kernel.zeros, value=-1, out=_blank(x, y))
 
 
 def _scale_each(x: Tensor, images: Tensor, kernel: Int8Kernel, scale: Tensor, shift: Tensor | None) -> Tensor:
     """Convolve images of a scale for each; `shift` is `[out]` or `[n, out]`."""
     y = onednn.conv2d(images, kernel.matrix, kernel.geometry, kernel.scale)
     if kernel.zeros is not None:
-        sums, windows = _split(y)
-        y = torch.addcmul(sums, windows, kernel.zeros, value=-1)
+        y.addcmul_(_window_sums(images, kernel), kernel.zeros, value=-1)
     if shift is None:
         return torch.mul(y, scale, out=_blank(x, y))
     return torch.addcmul(shift[..., None, None], y, scale, out=_blank(x, y))
 
 
-def _split(y: Tensor) -> tuple[Tensor, Tensor]:
-    """The kernels' own channels, and the one that sums windows."""
-    n = y.shape[1] - 1
-    return y.narrow(1, 0, n), y.narrow(1, n, 1)
+def _window_sums(images: Tensor, kernel: Int8Kernel) -> Tensor:
+    """The codes that every window covers, summed: float32 `[n, 1, height, width]`.
+
+    One more kernel of ones would do, but oneDNN computes sixteen for it.
+    """
+    window, stride, padding, dilation = (tuple(sizes) for sizes in (kernel.window, *kernel.geometry))
+    sums = images.sum(1, keepdim=True, dtype=torch.int32).float()
+    if dilation == (1, 1) and all(2 * p <= size for p, size in zip(padding, window, strict=True)):
+        return F.avg_pool2d(sums, window, stride, padding, divisor_override=1)
+    return F.conv2d(sums, sums.new_ones(1, 1, *window), None, stride, padding, dilation)
 
 
 def _blank(x: Tensor, like: Tensor) -> Tensor:

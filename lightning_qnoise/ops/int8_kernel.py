@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_qnoise.ops import onednn
@@ -17,11 +16,12 @@ class Int8Kernel(NamedTuple):
     """Kernels, ready for `int8_conv2d`.
 
     Attributes:
-        matrix: The codes less `2**(bits - 1)`, packed. With zero points one more kernel follows, which sums windows.
+        matrix: The codes less `2**(bits - 1)`, packed.
         geometry: Of the convolution; without a padding that the images bring along.
-        scale: float32, one for each kernel of the matrix: `[out]`, or one more.
+        scale: float32 `[out]`.
         sums: float32 `[out]`: `(code - zero_point) * scale` summed over a kernel.
         zeros: float32 `[out, 1, 1]`: `scale` times the zero points less `2**(bits - 1)`; None if these are zero.
+        window: Height and width of a kernel.
         sizes: Of the images that it is packed for, `(n, channels, height, width)`.
         border: Zeros that the images bring along, left, right, above and below.
         factor: float32, `scale` times that of the images, where all have one that is known.
@@ -32,6 +32,7 @@ class Int8Kernel(NamedTuple):
     scale: Tensor
     sums: Tensor
     zeros: Tensor | None
+    window: Sequence[int]
     sizes: torch.Size
     border: Sequence[int]
     factor: Tensor | None = None
@@ -79,14 +80,12 @@ def prepare_int8_conv2d(
     sums, zeros = signed.sum(dim=(1, 2, 3), dtype=torch.int32).float(), None
     if zero_point is not None:
         sums, zeros = sums - codes[0].numel() * zero_point, (scale * zero_point)[:, None, None]
-        signed = torch.cat([signed, torch.ones_like(signed[:1])])
     border, packed_for, geometry = padding, padded, onednn.Geometry(stride, (0, 0), dilation)
     if is_unsigned and left == right and above == below:
         border, packed_for, geometry = (0, 0, 0, 0), sizes, geometry._replace(padding=(above, left))
     matrix = onednn.pack_conv2d(signed, packed_for, geometry)
-    scales = scale if zeros is None else F.pad(scale, (0, 1), value=1.0)
-    factor = None if image_scale is None else scales * image_scale
-    return Int8Kernel(matrix, geometry, scales, sums * scale, zeros, sizes, border, factor)
+    factor = None if image_scale is None else scale * image_scale
+    return Int8Kernel(matrix, geometry, scale, sums * scale, zeros, codes.shape[2:], sizes, border, factor)
 
 
 def _check(shape: torch.Size, padded: torch.Size, dilation: Sequence[int]) -> None:
