@@ -1,13 +1,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from processor import needs_int8
 
 from lightning_qnoise.ops import int8_backend, prepare_grid, prepare_int8
 from lightning_qnoise.ops import int8_linear as int8_linear_on
 
-CODES = torch.full((32, 64), 127, dtype=torch.int8)
-IS_EXACT = bool((torch._int_mm(CODES, CODES.t().contiguous()) == 64 * 127**2).all())  # be it slow
-pytestmark = pytest.mark.skipif(not IS_EXACT, reason="this processor has no exact int8 products")
+pytestmark = needs_int8
 needs_onednn = pytest.mark.skipif(int8_backend("cpu") != "onednn", reason="oneDNN has no exact int8 kernels here")
 BACKENDS = [pytest.param("onednn", marks=needs_onednn), "cublas", "int_mm"]
 each_symmetric = pytest.mark.parametrize("symmetric", [False, True])
