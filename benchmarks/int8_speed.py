@@ -6,9 +6,10 @@ torch.fx folds every BatchNorm into a convolution before it is packed; the float
 them, and the row "float32 folded" is that of the folded one in floats.
 
 `python benchmarks/int8_speed.py` prints a row per model, batch and route and writes `results/int8_speed.csv` here.
-On a CPU everything runs on one thread, and its processor time is counted; with `--device cuda` it is the time until the
-GPU has finished. The models take turns, each with a few calls in a row of which the fastest counts, as memory that the
-model before has given back must first be had again. A row holds the medians over the turns and their ratio.
+On a CPU everything runs on one thread, and its processor time is counted; with `--device cuda` (`int8_speed_cuda.csv`)
+it is the time until the GPU has finished. The models take turns, each with a few calls in a row of which the fastest
+counts, as memory that the model before has given back must first be had again. A row holds the medians over the turns
+and their ratio.
 """
 
 from __future__ import annotations
@@ -123,9 +124,11 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=25)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "int8_speed.csv")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--out", type=Path, help="int8_speed.csv, or int8_speed_cuda.csv, in results")
     arguments = parser.parse_args()
+    name = "int8_speed.csv" if arguments.device == "cpu" else "int8_speed_cuda.csv"
+    out = arguments.out or Path(__file__).parent / "results" / name
     torch.set_num_threads(1)
     rows = []
     for name in arguments.models:
@@ -133,7 +136,7 @@ def main() -> None:
             for row in measure(name, batch, arguments.turns, arguments.device):
                 print(*row.values(), sep="  ", flush=True)
                 rows.append(row)
-    with arguments.out.open("w", newline="") as file:
+    with out.open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)

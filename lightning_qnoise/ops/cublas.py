@@ -44,8 +44,8 @@ def linear(x: Tensor, matrix: Columns) -> Tensor:
         tensor([[10., 10., 10.]])
     """
     (rows, n_in), (weight, n_out) = x.shape, matrix
-    padding = len(weight) - n_in, max(0, _LEAST_ROWS - rows)
-    x = F.pad(x, (0, padding[0], 0, padding[1])) if any(padding) else x
+    more_in, more_rows = len(weight) - n_in, max(0, _LEAST_ROWS - rows)
+    x = F.pad(x, (0, more_in, 0, more_rows)) if more_in or more_rows else x
     return torch._int_mm(x, weight)[:rows, :n_out].to(torch.float32, memory_format=torch.contiguous_format)
 
 

@@ -75,7 +75,7 @@ def _scale_each(x: Tensor, images: Tensor, kernel: Int8Kernel, scale: Tensor, sh
 def _window_sums(images: Tensor, kernel: Int8Kernel) -> Tensor:
     """The codes that every window covers, summed: float32 `[n, 1, height, width]`.
 
-    One more kernel of ones would do, but oneDNN computes sixteen for it.
+    One more kernel of ones would do, but costs more, as oneDNN computes kernels in blocks of sixteen.
     """
     window, stride, padding, dilation = (tuple(sizes) for sizes in (kernel.window, *kernel.geometry))
     sums = images.sum(1, keepdim=True, dtype=torch.int32).float()

@@ -76,11 +76,13 @@ def prepare_int8(
     if backend is None:
         is_small = codes.is_cpu and codes.numel() < _LEAST_ONEDNN
         backend = "int_mm" if is_small else int8_backend(codes.device.type)
+    matrix: onednn.Packed | cublas.Columns | Tensor
     if backend == "onednn":
-        return Int8Weight(onednn.pack_linear(signed), scale, sums, zero_point, codes.shape)
-    if backend == "cublas":
-        return Int8Weight(cublas.pack_linear(signed), scale, sums, zero_point, codes.shape)
-    matrix = signed.t().clone(memory_format=torch.contiguous_format)  # strides that `_int_mm` takes for one row, too
+        matrix = onednn.pack_linear(signed)
+    elif backend == "cublas":
+        matrix = cublas.pack_linear(signed)
+    else:
+        matrix = signed.t().clone(memory_format=torch.contiguous_format)  # `_int_mm` mistakes others
     return Int8Weight(matrix, scale, sums, zero_point, codes.shape)
 
 

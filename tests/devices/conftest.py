@@ -2,5 +2,5 @@
 
 import os
 
-if "SIMULATED_DEVICE" not in os.environ:
+if "DEVICE_CASES" not in os.environ:
     collect_ignore_glob = ["device.py", "simulated.py", "*_cases.py"]

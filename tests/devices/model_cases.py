@@ -66,11 +66,14 @@ def twins(name, scheme, memory="lean"):
     make, shape = LAYERS[name]
     torch.manual_seed(0)
     model, x = nn.Sequential(make()).eval(), torch.randn(shape) if shape else torch.randint(50, (4, 5))
-    models, inputs = (model, copy.deepcopy(model).to(GPU)), (x, x.to(GPU))
-    for one, batch in zip(models, inputs, strict=True):
+    twin = copy.deepcopy(model).to(GPU)
+
+    def packed(model, x):
         torch.manual_seed(1)
-        set_memory(quantize(one, scheme, [batch]), memory)
-    return model, copy.deepcopy(model).to(GPU) if IS_REAL else models[1], *inputs
+        return set_memory(quantize(model, scheme, [x]), memory)
+
+    host = packed(model, x)
+    return host, copy.deepcopy(host).to(GPU) if IS_REAL else packed(twin, x.to(GPU)), x, x.to(GPU)
 
 
 def assert_same(actual, expected, tolerance=1e-4):

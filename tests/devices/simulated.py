@@ -20,10 +20,11 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 _setup_privateuseone_for_python_backend("gpu")
 GPU = torch.device("gpu", 0)
 MAY_MIX = {"copy_", "_to_copy", "index", "index_put", "index_put_", "_index_put_impl_"}  # as on CUDA
-WAITS = {"_local_scalar_dense", "equal", "nonzero"}  # the host reads what the device has computed
+WAITS = {"_local_scalar_dense", "equal", "nonzero", "masked_select", "_unique2"}  # the host reads what was computed
+COPIES = {"_to_copy", "copy_"}  # from device to device the host waits, too
 torch.__future__.set_overwrite_module_params_on_conversion(True)  # `module.to` cannot change a tensor's class
 CUDA = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
-log: list[str] = []  # every operator that ran there
+log: list[str] = []  # every operator for which the host had to wait
 
 
 class OnDevice(Tensor):
@@ -84,11 +85,6 @@ class Generator(torch.Generator):
         return self._device
 
 
-def waits() -> list[str]:
-    """Those operators since the last `log.clear()` for which the host had to wait."""
-    return [name for name in log if name in WAITS]
-
-
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     name = func.overloadpacket.__name__
     tensors: list[Tensor] = []
@@ -104,7 +100,9 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         is_ours = isinstance(tensors[0], OnDevice)
     of_host = {id(tensor.host): tensor for tensor in tensors if isinstance(tensor, OnDevice)}
     args, kwargs = apply_to_collection((args, kwargs), OnDevice, lambda tensor: tensor.host)
-    if of_host:
+    crosses = name in COPIES and isinstance(tensors[-1], OnDevice) != is_ours
+    has_mask = name.startswith("index") and any(tensor.dtype == torch.bool for tensor in tensors[1:])
+    if crosses or (of_host and (has_mask or name in WAITS)):
         log.append(name)
     runs_kernels = is_ours and func.namespace == "lightning_qnoise" and "TRITON_INTERPRET" in os.environ
     with torch.no_grad():

@@ -21,7 +21,7 @@ def test_on_a_device(cases, with_kernels):
     """The operators by their references, and by kernels: in triton's interpreter, and then no large layers."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", cases]
     env = {key: value for key, value in os.environ.items() if not key.startswith(("TRITON", "PYTEST"))}
-    env |= {"PYTHONPATH": os.pathsep.join([str(ROOT), str(HERE.parent)]), "SIMULATED_DEVICE": "1"}
+    env |= {"PYTHONPATH": os.pathsep.join([str(ROOT), str(HERE.parent)]), "DEVICE_CASES": "1"}
     if with_kernels:
         pytest.importorskip("triton")
     if not torch.cuda.is_available():
