@@ -6,7 +6,7 @@ import lightning.pytorch
 import pytorch_lightning
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import distributed, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_qnoise import PQ
@@ -157,3 +157,9 @@ def losses(model, loader):
     loss = torch.stack([F.cross_entropy(logits, y) for logits, y in pairs]).mean()
     accuracy = torch.stack([(logits.argmax(dim=1) == y).float().mean() for logits, y in pairs]).mean()
     return loss.item(), accuracy.item()
+
+
+def leave():
+    """End what a script's ranks share, as threads that still run at exit can end it with an error."""
+    if distributed.is_initialized():
+        distributed.destroy_process_group()

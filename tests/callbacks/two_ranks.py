@@ -7,7 +7,7 @@ import torch
 from pytorch_lightning import Callback, Trainer
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from fits import PQS, Net, net
+from fits import PQS, Net, leave, net
 
 from lightning_qnoise import Quantize, QuantNoise
 from lightning_qnoise.callbacks import report
@@ -59,3 +59,4 @@ def main(strategy):
 
 if __name__ == "__main__":
     main(sys.argv[1])
+    leave()

@@ -10,7 +10,7 @@ from torch.distributed.fsdp import fully_shard
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
-from fits import fit, net
+from fits import fit, leave, net
 from two_ranks_staged import Halves
 
 from lightning_qnoise import PQ, Finetune, Int, Quantize
@@ -50,3 +50,4 @@ def main(devices):
 
 if __name__ == "__main__":
     main(int(sys.argv[1]))
+    leave()

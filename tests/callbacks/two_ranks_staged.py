@@ -9,7 +9,7 @@ from pytorch_lightning import Callback
 from torch.utils.data import DataLoader, Subset
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from fits import PQS, Net, checkpoint, fit, net, rows
+from fits import PQS, Net, checkpoint, fit, leave, net, rows
 
 from lightning_qnoise import Finetune, Quantize
 
@@ -57,3 +57,4 @@ def main(devices):
 
 if __name__ == "__main__":
     main(int(sys.argv[1]))
+    leave()

@@ -7,7 +7,7 @@ import torch
 from pytorch_lightning import Callback, Trainer
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from fits import QUIET, Net, net
+from fits import QUIET, Net, leave, net
 
 from lightning_qnoise import Int, Quantize, QuantNoise
 
@@ -24,3 +24,4 @@ if __name__ == "__main__":
     callbacks = [QuantNoise(policy, 0.5), Quantize(), Dump()]
     trainer = Trainer(**QUIET, strategy="ddp", devices=2, max_epochs=1, callbacks=callbacks)
     trainer.fit(net(cls=Net))
+    leave()
